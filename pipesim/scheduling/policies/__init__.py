@@ -1,0 +1,1 @@
+"""One file per policy. Each holds only its own decision."""
