@@ -87,7 +87,8 @@ class Generation:
     def submit_canonical(self) -> None:
         """Runs the newest token by itself.
 
-        If a live speculative run carries it already, this run is redundant and its cell serves only itself.
+        If a live speculative run carries it already, this run is redundant: its cell is sequence 0's alone and goes
+        when that other run's cell, which comes home first, is promoted. Where cells are scarce it is left out.
         """
         root = self.root
         if root.run is None:
@@ -95,11 +96,7 @@ class Generation:
             run = self._submit(RunKind.CANONICAL, [root.token], [root.position], [self.cells.everyone])
             run.useful_rows = 1
             root.attach(run, 0)
-        elif self.cells.free > self._reserved_cells:
-            self.queue(SequenceRemove(CANONICAL, self.shared, END))
-            if root.position > self.shared:
-                source = lowest_sequence(root.sequences)
-                self.queue(SequenceCopy(source, CANONICAL, self.shared, root.position))
+        elif self.cells.free > self.limits.nodes:  # a draft that is on its way must find its cells
             self._submit(RunKind.CANONICAL, [root.token], [root.position], [CANONICAL])
         self.root_launched = True
 
@@ -148,8 +145,7 @@ class Generation:
 
         Says whether there is a free partition, cells and a useful position for what would come back.
         """
-        room = self.cells.free - self._reserved_cells
-        if not self.partitions.free or room < max_nodes or tip.position >= self.limit - 2:
+        if not self.partitions.free or self.cells.free < max_nodes or tip.position >= self.limit - 2:
             return False
         self.draft_id, self.draft_tip = self._next_request_id, tip
         self._next_request_id += 1
@@ -212,11 +208,6 @@ class Generation:
         self.queue(SequenceRemove(self.partitions.sequence_set(run.partition), self.shared, END))
         self.partitions.give_back(run.partition)
         run.partition = None
-
-    @property
-    def _reserved_cells(self) -> int:
-        """Cells that speculation must leave free, for the text must never run out of them."""
-        return self.limit - 1 - self.shared
 
     def _share_root(self) -> None:
         """The newest token is in no live run: all cells from its position on are stale, and its own is everyone's."""

@@ -164,6 +164,28 @@ def test_after_a_branch_died_the_chain_goes_on_from_the_surviving_one() -> None:
     assert world.request.path == (TRUTH[2],)
 
 
+def test_cells_of_a_losing_branch_are_gone_when_its_partition_is_used_again() -> None:
+    world = started(PipeInfer(micro_batch=4, branches=2, partitions=2))
+    loser = wrong(TRUTH[1])
+    world.answer_draft(DraftTree((loser, TRUTH[1], 0, 0), (-1, -1, 0, 2), (0.5, 0.4, 0.5, 0.5)))
+    world.compute()
+    world.return_run()  # the short branch wins, its run is still in flight
+    world.answer_draft(chain(*TRUTH[2:4]))
+    world.compute()
+    world.return_run()  # its partition is free again, the longer branch lost
+    world.answer_draft(chain(*TRUTH[4:6]))
+    assert world.submitted[-1].sequences[0] & world.submitted[2].sequences[0], "the same partition"
+    world.compute()
+    world.compute()  # a row that saw two cells at one position would raise here
+
+
+def test_where_cells_are_scarce_a_redundant_run_leaves_them_to_the_draft_on_its_way() -> None:
+    policy = PipeInfer(always_canonical=True, micro_batch=4, partitions=4)
+    for spare in range(8):
+        world = World(policy, PROMPT, 12, kv_cells=len(PROMPT) + 12 + spare)
+        assert world.run_to_the_end(errors=[0, 0, 0, 1]) == plain_text(PROMPT, 12)
+
+
 @pytest.mark.parametrize("always", [False, True])
 def test_always_canonical_runs_the_newest_token_even_if_it_is_in_flight(always: bool) -> None:
     world = started(PipeInfer(always_canonical=always))

@@ -59,6 +59,16 @@ def test_synchronous_speculation_has_one_run_in_flight_and_it_starts_with_the_ne
     assert world.request is None
 
 
+def test_rows_of_a_synchronous_run_are_useful_as_far_as_its_draft_is_right() -> None:
+    world = World(Speculative(max_nodes=3), PROMPT, 20, prefill_chunk=64)
+    world.compute()
+    world.return_run()
+    world.answer_draft(errors=[0, 0, 1])
+    world.compute()
+    world.return_run()
+    assert world.outcomes[1].useful_rows == 3, "the newest token and two right drafts"
+
+
 def test_synchronous_speculation_without_a_draft_decodes_plainly() -> None:
     world = World(Speculative(), PROMPT, 20, prefill_chunk=64)
     world.compute()
