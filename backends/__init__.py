@@ -1,0 +1,1 @@
+"""Real execution: gRPC stages and head, transformer layers, drafters. Needs ``pipesim[real]``."""

@@ -1,0 +1,1 @@
+"""Drafters: whatever proposes a tree of tokens for the target model to verify."""

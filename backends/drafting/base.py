@@ -1,0 +1,73 @@
+"""What every drafter has in common: it follows the committed text and answers draft requests with trees."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
+from backends.sampling import Sampling
+from pipesim.errors import InvariantError
+from pipesim.scheduling.commands import RequestDraft
+from pipesim.scheduling.tree import Candidate, DraftTree, grow_tree
+
+WIDTH = 8
+"""Candidates per position at most: as many branches as a draft tree can sensibly fork."""
+
+
+class Abandoned(Exception):  # noqa: N818 - a signal, not an error
+    """Raised inside a drafter when the request it works on is no longer wanted."""
+
+
+class Drafter(ABC):
+    """Proposes how a text goes on. One generation at a time: ``start``, then ``draft`` and ``extend`` in turns."""
+
+    def __init__(self) -> None:
+        self.text: list[int] = []
+        self.sampling = Sampling()
+
+    def start(self, prompt: Sequence[int], sampling: Sampling) -> None:
+        """A new generation begins; ``sampling`` is the target's, since drafters share its noise."""
+        self.text, self.sampling = [], sampling
+        self.extend(prompt)
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """``tokens`` were committed."""
+        self.text += tokens
+
+    def draft(self, request: RequestDraft, abandoned: Callable[[], bool]) -> DraftTree | None:
+        """The tree that continues ``text[:frontier] + path``, or None once ``abandoned()`` is true."""
+        if request.frontier > len(self.text):
+            raise InvariantError(
+                f"draft request {request.request_id} continues position {request.frontier}, "
+                f"but only {len(self.text)} tokens are committed here"
+            )
+        context = [*self.text[: request.frontier], *request.path]
+
+        def candidates(path: tuple[int, ...]) -> Sequence[Candidate]:
+            if abandoned():
+                raise Abandoned
+            return self.candidates_after(context, path)
+
+        try:
+            self.prepare(context, request, abandoned)
+            tree, _ = grow_tree(candidates, request.max_nodes, request.branches, request.cutoff, request.split)
+        except Abandoned:
+            return None
+        return tree
+
+    def prepare(self, context: Sequence[int], request: RequestDraft, abandoned: Callable[[], bool]) -> None:
+        """Gets ready to answer ``request``; :meth:`candidates_after` calls follow, level by level."""
+        del context, request, abandoned
+
+    @abstractmethod
+    def candidates_after(self, context: Sequence[int], path: tuple[int, ...]) -> Sequence[Candidate]:
+        """At most ``WIDTH`` candidates for the token after ``context + path``, best first."""
+
+    def trace(self, tokens: Sequence[int], sampling: Sampling) -> list[tuple[Candidate, ...]]:
+        """What it would propose all along a known text: entry ``i`` are the candidates for ``tokens[i + 1]``."""
+        if not tokens:
+            return []
+        self.start(tokens[:1], sampling)
+        found = []
+        for token in tokens[1:]:
+            found.append(tuple(self.candidates_after(self.text, ())))
+            self.extend([token])
+        return found

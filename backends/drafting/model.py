@@ -1,0 +1,182 @@
+"""Drafting with a model: a smaller one of the same vocabulary, or any other that runs in this process."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from backends.drafting.base import WIDTH, Abandoned, Drafter
+from backends.models.exact import LARGEST_TILE
+from backends.models.stage_model import StageModel
+from backends.reference import PREFILL_CHUNK
+from backends.sampling import Sampling, softmax
+from pipesim.errors import BadInputError
+from pipesim.scheduling.commands import RequestDraft
+from pipesim.scheduling.runs import END, KvOperation, Run, RunKind, SequenceCopy, SequenceRemove
+from pipesim.scheduling.tree import Candidate
+
+_NODES = 128  # tree nodes computed per request at most, one sequence and one KV cell each
+_EVERYONE = (1 << _NODES + 1) - 1
+_SESSION = 0
+
+Path = tuple[int, ...]
+
+
+class ModelDrafter(Drafter):
+    """Drafts with ``model``, which holds all layers of the draft model; texts of up to ``max_context`` tokens.
+
+    Candidates rank by the target's own noise (see ``sampling.py``), so at any temperature the best one is what this
+    model would have sampled; the confidence is the plain softmax probability. All branches of a level are one batch.
+    KV cells stay between requests: only what the text does not share with the last request is computed anew.
+    """
+
+    def __init__(self, model: StageModel, max_context: int) -> None:
+        if not (model.is_first and model.is_last):
+            raise BadInputError("model drafter: the draft model must hold all of its layers")
+        if not 0 < max_context <= model.config.max_context:
+            raise BadInputError(
+                f"model drafter: max_context {max_context} must be between 1 and the draft model's "
+                f"{model.config.max_context}"
+            )
+        super().__init__()
+        self._model, self._max_context = model, max_context
+        self._open = False
+        self._forget()
+
+    def _forget(self) -> None:
+        self._cached: list[int] = []  # tokens whose cells every sequence holds
+        self._nodes: dict[Path, int] = {}  # computed tree nodes below them -> their sequence
+        self._ranked: dict[Path, list[Candidate]] = {}  # () stands for the end of the context
+        self._operations: list[KvOperation] = []  # to be carried out before the next run
+        self._runs = 0
+
+    def start(self, prompt: Sequence[int], sampling: Sampling) -> None:
+        """A new generation begins, with empty KV cells."""
+        if self._open:
+            self._model.close_session(_SESSION)
+        self._model.open_session(_SESSION, self._max_context + _NODES, _NODES + 1, sampling)
+        self._open = True
+        self._forget()
+        super().start(prompt, sampling)
+
+    def prepare(self, context: Sequence[int], request: RequestDraft, abandoned: Callable[[], bool]) -> None:
+        """Brings the KV cells to ``context`` and computes the candidates that follow it."""
+        self._request, self._abandoned = request, abandoned
+        if len(context) > self._max_context:
+            self._ranked = {(): []}  # beyond its reach it proposes nothing
+            return
+        self._settle(context)
+        for start in range(len(self._cached), len(context), PREFILL_CHUNK):
+            tokens = tuple(context[start : start + PREFILL_CHUNK])
+            kind = RunKind.PREFILL if len(tokens) > LARGEST_TILE else RunKind.CANONICAL
+            positions = tuple(range(start, start + len(tokens)))
+            unread = len(tokens) - (start + len(tokens) == len(context))
+            rows = self._compute(kind, tokens, positions, (_EVERYONE,) * len(tokens), unread)
+            self._cached += tokens
+            for logits in rows:
+                self._ranked[()] = self._rank(logits, len(context))
+
+    def candidates_after(self, context: Sequence[int], path: Path) -> Sequence[Candidate]:
+        """The model's candidates after ``context + path``; the first call of a level computes the whole level."""
+        if path not in self._ranked:
+            self._compute_level(self._level(path), len(context))
+        return self._ranked.get(path, [])
+
+    def trace(self, tokens: Sequence[int], sampling: Sampling) -> list[tuple[Candidate, ...]]:
+        """As the base's, in one pass over ``tokens``."""
+        if len(tokens) > self._max_context:
+            raise BadInputError(f"model drafter: a text of {len(tokens)} tokens exceeds max_context")
+        self.start(tokens, sampling)
+        self._abandoned = _never
+        found = []
+        for start in range(0, len(tokens) - 1, PREFILL_CHUNK):
+            chunk = tuple(tokens[start : min(start + PREFILL_CHUNK, len(tokens) - 1)])
+            positions = tuple(range(start, start + len(chunk)))
+            rows = self._compute(RunKind.PREFILL, chunk, positions, (_EVERYONE,) * len(chunk), 0)
+            self._cached += chunk
+            found += [tuple(self._rank(row, at + 1)) for row, at in zip(rows, positions, strict=True)]
+        return found
+
+    def _settle(self, context: Sequence[int]) -> None:
+        """Keeps the cells that ``context`` shares with what is computed; frees the others."""
+        base = next((i for i, pair in enumerate(zip(self._cached, context, strict=False)) if pair[0] != pair[1]), None)
+        if base is None:
+            base = min(len(self._cached), len(context))
+        path: Path = ()
+        if base == len(self._cached):
+            while base + len(path) < len(context) and (*path, context[base + len(path)]) in self._nodes:
+                path = (*path, context[base + len(path)])
+        ranked = self._ranked.get(path) if base == len(self._cached) else None
+        if path:
+            sequence = self._nodes[path]
+            self._operations.append(SequenceRemove(_EVERYONE & ~(1 << sequence), base, END))
+            self._operations.append(SequenceCopy(sequence, _EVERYONE, base, base + len(path)))
+            self._operations.append(SequenceRemove(_EVERYONE, base + len(path), END))
+        else:
+            self._operations.append(SequenceRemove(_EVERYONE, base, END))
+        self._cached = [*self._cached[:base], *path]
+        self._nodes, self._ranked = {}, {}
+        if len(self._cached) == len(context):
+            if not ranked:  # its last row must be computed again, to know what follows it
+                self._operations.append(SequenceRemove(_EVERYONE, len(context) - 1, END))
+                self._cached.pop()
+            else:
+                self._ranked[()] = ranked
+
+    def _level(self, path: Path) -> list[Path]:
+        """The branches that grow at ``path``'s depth, as ``grow_tree`` will ask for them one by one.
+
+        Every branch above continues before any of them forks. A tip too many costs a row; one too few costs a batch.
+        """
+        above = [(parent, ranked) for parent, ranked in self._ranked.items() if ranked and len(parent) + 1 == len(path)]
+        going = [(parent, ranked) for parent, ranked in above if ranked[0][1] >= self._request.cutoff]
+        tips = [path, *((*parent, ranked[0][0]) for parent, ranked in going)]
+        for parent, ranked in going:
+            tips += [(*parent, token) for token, confidence in ranked[1:] if confidence > self._request.split]
+        unknown = [tip for tip in dict.fromkeys(tips) if tip not in self._ranked]
+        return unknown[: min(max(1, self._request.branches), _NODES - len(self._nodes))]
+
+    def _compute_level(self, paths: list[Path], base: int) -> None:
+        if not paths or base + len(paths[0]) > self._max_context:
+            return
+        for path in paths:
+            self._nodes[path] = len(self._nodes) + 1
+            if len(path) > 1:
+                parent = self._nodes[path[:-1]]
+                self._operations.append(SequenceCopy(parent, 1 << self._nodes[path], base, base + len(path) - 1))
+        rows = self._compute(
+            RunKind.SPECULATIVE,
+            tuple(path[-1] for path in paths),
+            tuple(base + len(path) - 1 for path in paths),
+            tuple(1 << self._nodes[path] for path in paths),
+            0,
+        )
+        for path, logits in zip(paths, rows, strict=True):
+            self._ranked[path] = self._rank(logits, base + len(path))
+
+    def _compute(
+        self, kind: RunKind, tokens: Path, positions: Path, sequences: Path, first_output_row: int
+    ) -> npt.NDArray[np.float32]:
+        run = Run(self._runs, 0, kind, tokens, positions, sequences, first_output_row, tuple(self._operations))
+        self._runs += 1
+        self._operations = []
+        logits = self._model.logits(_SESSION, run, None, self._model.admit(_SESSION, run), self._abandoned)
+        if logits is None:
+            # The admitted cells hold nothing: free them, and whatever tree stood below the cached text.
+            self._operations = [SequenceRemove(_EVERYONE, len(self._cached), END)]
+            self._nodes, self._ranked = {}, {}
+            raise Abandoned
+        return logits.numpy()
+
+    def _rank(self, logits: npt.NDArray[np.float32], position: int) -> list[Candidate]:
+        """The ``WIDTH`` best candidates for ``position``; equals rank by token id."""
+        scores = self.sampling.scores(logits, position)
+        width = min(WIDTH, len(scores))
+        best = np.sort(np.argpartition(-scores, width - 1)[:width])
+        best = best[np.argsort(-scores[best], kind="stable")]
+        shares = softmax(logits)
+        return [(int(token), float(shares[token])) for token in best if np.isfinite(scores[token])]
+
+
+def _never() -> bool:
+    return False

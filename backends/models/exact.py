@@ -1,0 +1,169 @@
+"""Row tiles: how a token's logits come out bit for bit the same, whichever rows are computed beside it.
+
+A matrix product picks its kernel, and with it the order of its sums, by its shape. Decode rows are therefore computed
+in tiles of a few chosen sizes whose results were found to agree on this machine, for every matrix of the model.
+Measured, float32 and one thread: on one CPU tiles of 2 to 8 rows agree, on another only 4 to 8; a single row differs
+on both. So the sizes are found by a check at start-up, not written down.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from backends.models.config import ModelConfig
+
+LARGEST_TILE = 8
+"""Rows per tile at most; more rows no longer share one kernel on every machine."""
+
+BLOCK = 64
+"""Positions per attention block."""
+
+_PROBED_OUTPUTS = 65_536  # a wider LM head is probed on its first outputs only
+
+RowProduct = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """The row counts that decode rows may be computed in, ascending; smaller batches are padded up to one of them."""
+
+    sizes: tuple[int, ...]
+
+    def split(self, rows: int) -> tuple[int, tuple[tuple[int, int], ...]]:
+        """Cuts ``rows`` into tiles: the padded row count, and each tile's ``(start, stop)``."""
+        largest, start, bounds = self.sizes[-1], 0, []
+        while rows - start > 0:
+            stop = start + next((size for size in self.sizes if size >= rows - start), largest)
+            bounds.append((start, stop))
+            start = stop
+        return start, tuple(bounds)
+
+    def __str__(self) -> str:
+        return f"row tiles of {', '.join(map(str, self.sizes))}"
+
+
+def pad_rows(rows: torch.Tensor, padded: int) -> torch.Tensor:
+    """``rows`` with zero rows added at the end, ``padded`` in total."""
+    return rows if padded == rows.shape[0] else F.pad(rows, (0, 0, 0, padded - rows.shape[0]))
+
+
+def tiled_linear(rows: torch.Tensor, weight: torch.Tensor, bounds: tuple[tuple[int, int], ...]) -> torch.Tensor:
+    """``rows @ weight.T``, one product per tile, float32 out whatever the weight's type."""
+    rows = rows.to(weight.dtype)
+    if len(bounds) == 1:
+        return F.linear(rows, weight).float()
+    return torch.cat([F.linear(rows[start:stop], weight) for start, stop in bounds]).float()
+
+
+def choose_tiling(config: ModelConfig, dtype: torch.dtype) -> Tiling:
+    """The largest set of row counts up to 8 that agree bit for bit on every matrix shape of the whole model.
+
+    It depends on the machine, its threads, the model and ``dtype``, not on the layers a stage holds: every stage split
+    computes alike. Takes about half a second for SmolLM2-135M; later calls in the process are free.
+    """
+    return _choose_tiling(config, dtype, torch.get_num_threads())
+
+
+@functools.lru_cache
+def _choose_tiling(config: ModelConfig, dtype: torch.dtype, threads: int) -> Tiling:
+    generator = torch.Generator().manual_seed(0)
+    agreeing: list[tuple[int, ...]] = [tuple(range(1, LARGEST_TILE + 1))]
+    with torch.inference_mode():
+        for product, probe in model_products(config, dtype, generator):
+            agreeing = _refine(agreeing, product, probe, generator)
+            # A size that agrees with no other cannot win while others agree: spare the wide LM head, which comes last.
+            agreeing = [sizes for sizes in agreeing if len(sizes) > 1] or agreeing
+    return Tiling(max(agreeing, key=lambda sizes: (len(sizes), sizes)))
+
+
+def model_products(
+    config: ModelConfig, dtype: torch.dtype, generator: torch.Generator
+) -> Iterator[tuple[RowProduct, torch.Tensor]]:
+    """Every matrix product of the model as a function of rows, with a row to probe it by; made one at a time."""
+    yield from attention_products(config, generator)
+    for outputs, inputs in (
+        (config.qkv_width, config.hidden),
+        (config.hidden, config.heads * config.head_dim),
+        (2 * config.intermediate, config.hidden),
+        (config.hidden, config.intermediate),
+        (min(config.vocabulary, _PROBED_OUTPUTS), config.hidden),
+    ):
+        probe, weight = cancelling_pair(outputs, inputs, dtype, generator)
+        yield functools.partial(_linear, weight=weight), probe
+
+
+def _linear(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return F.linear(rows, weight)
+
+
+def _refine(
+    agreeing: list[tuple[int, ...]], product: RowProduct, probe: torch.Tensor, generator: torch.Generator
+) -> list[tuple[int, ...]]:
+    """Splits each set of row counts into those that agree on ``product``, too; one row alone always agrees."""
+    refined: list[tuple[int, ...]] = []
+    noise = torch.randn(LARGEST_TILE, probe.shape[0], generator=generator).to(probe.dtype)
+    results = {size: probe_result(product, probe, noise, size) for sizes in agreeing for size in sizes}
+    for sizes in agreeing:
+        left = [size for size in sizes if results[size] is not None]
+        while left:
+            alike = tuple(size for size in left if _equal(results[size], results[left[0]]))
+            refined.append(alike)
+            left = [size for size in left if size not in alike]
+    return refined
+
+
+def _equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    return one is not None and other is not None and torch.equal(one, other)
+
+
+def probe_result(product: RowProduct, probe: torch.Tensor, noise: torch.Tensor, size: int) -> torch.Tensor | None:
+    """``product`` of ``probe`` within ``size`` rows, or None where its place or the other rows change it."""
+    together = product(probe.expand(size, -1).contiguous())
+    result = together[0].clone()
+    if not torch.equal(together, result.expand_as(together)):
+        return None
+    mixed = noise[:size].clone()
+    mixed[-1] = probe
+    return result if torch.equal(product(mixed)[-1], result) else None
+
+
+def cancelling_pair(
+    outputs: int, inputs: int, dtype: torch.dtype, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A row ``[inputs]`` and a weight ``[outputs, inputs]`` whose exact products are all zero.
+
+    What a kernel returns for them is nothing but the rounding of its own order of summation, so two orders show at
+    once; with ordinary numbers bfloat16 results hide most differences.
+    """
+    block, half = min(outputs, 512), inputs // 2
+    weight = torch.zeros(block, inputs)
+    row = torch.zeros(inputs)
+    order = torch.randperm(inputs, generator=generator)
+    weight[:, order[: 2 * half]] = torch.randn(block, half, generator=generator).repeat(1, 2)
+    values = torch.randn(half, generator=generator)
+    row[order[: 2 * half]] = torch.cat((values, -values))
+    copies = -(-outputs // block)
+    return row.to(dtype), weight.to(dtype).repeat(copies, 1)[:outputs].contiguous()
+
+
+def attention_products(config: ModelConfig, generator: torch.Generator) -> list[tuple[RowProduct, torch.Tensor]]:
+    """The two products of one attention block (see ``attention.py``), as functions of rows, each with its probe."""
+    group, kv_heads, width = config.group, config.kv_heads, config.head_dim
+    query, key = cancelling_pair(kv_heads * BLOCK, width, torch.float32, generator)
+    keys = key.view(kv_heads, BLOCK, width)
+    weight, value = cancelling_pair(kv_heads * width, BLOCK, torch.float32, generator)
+    values = value.view(kv_heads, width, BLOCK).transpose(1, 2).contiguous()
+
+    def scores(rows: torch.Tensor) -> torch.Tensor:
+        queries = rows.reshape(1, -1, width).repeat(kv_heads, 1, 1)
+        return torch.bmm(queries, keys.transpose(1, 2)).view(kv_heads, len(rows), -1).transpose(0, 1).flatten(1)
+
+    def weighted(rows: torch.Tensor) -> torch.Tensor:
+        weights = rows.reshape(1, -1, BLOCK).repeat(kv_heads, 1, 1)
+        total = torch.zeros(kv_heads, weights.shape[1], width).baddbmm_(weights, values)
+        return total.view(kv_heads, len(rows), -1).transpose(0, 1).flatten(1)
+
+    return [(scores, query.repeat(group)), (weighted, weight.repeat(group))]

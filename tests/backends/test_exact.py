@@ -1,0 +1,226 @@
+"""A token's logits are bit for bit the same, whichever run computes it: the promise behind equal text."""
+
+import itertools
+import random
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from tiny_models import Chain, prefill_runs
+
+from backends.models.attention import attend, plan_tile
+from backends.models.exact import Tiling, cancelling_pair, choose_tiling, model_products, probe_result
+from backends.models.loading import ModelSource
+from backends.models.stage_model import StageModel
+from pipesim.scheduling.cells import CellTable
+from pipesim.scheduling.runs import END, Run, RunKind, SequenceCopy, SequenceRemove
+
+EVERYONE, PATH, SIBLING, JUNK = 0b1111, 0b0010, 0b0100, 0b1000
+CELLS = 720
+
+
+def text(length: int, vocabulary: int, seed: int = 1) -> list[int]:
+    return [random.Random(f"{seed}:{i}").randrange(vocabulary) for i in range(length)]
+
+
+def one_row_at_a_time(stages: Sequence[StageModel], prompt: list[int], path: list[int]) -> torch.Tensor:
+    """Autoregressive decoding of known text: logits ``[1 + len(path), vocabulary]`` after the prompt."""
+    chain = Chain(stages, CELLS)
+    rows = [chain.logits(run) for run in prefill_runs(prompt, EVERYONE)]
+    for i, token in enumerate(path):
+        position = len(prompt) + i
+        rows.append(chain.logits(Run(1000 + i, 0, RunKind.CANONICAL, (token,), (position,), (EVERYONE,))))
+    chain.close()
+    return torch.cat(rows)
+
+
+def scatter_cells(chain: Chain, seed: int) -> None:
+    """Takes cells for nobody's text and frees a part of them, so that the session's cells lie in holes."""
+    draw = random.Random(seed)
+    junk = 60
+    chain.skip(Run(900, 0, RunKind.SPECULATIVE, (0,) * junk, tuple(range(2000, 2000 + junk)), (JUNK,) * junk))
+    holes = tuple(SequenceRemove(JUNK, 2000 + i, 2001 + i) for i in range(junk - 1) if draw.random() < 0.5)
+    chain.skip(Run(901, 0, RunKind.SPECULATIVE, (0,), (2999,), (JUNK,), kv_operations=holes))
+    everything = (SequenceRemove(JUNK, 2000, END),) if draw.random() < 0.5 else ()
+    chain.skip(Run(902, 0, RunKind.SPECULATIVE, (0,), (2998,), (JUNK,), kv_operations=everything))
+
+
+def micro_batches(
+    stages: Sequence[StageModel], prompt: list[int], path: list[int], sizes: list[int], siblings: int, seed: int
+) -> torch.Tensor:
+    """The same text in micro-batches of ``sizes``, beside rows of a wrong branch, in scattered cells."""
+    chain = Chain(stages, CELLS)
+    scatter_cells(chain, seed)
+    # Committed text would be everyone's; junk holds one sequence far away, which hides nothing and shares no position.
+    rows = [chain.logits(run) for run in prefill_runs(prompt, EVERYONE)]
+    done, draw = 0, random.Random(seed)
+    for batch, size in enumerate(sizes):
+        start = len(prompt) + done
+        tokens = path[done : done + size]
+        table = [(token, start + i, PATH) for i, token in enumerate(tokens)]
+        wrong = [(draw.randrange(stages[0].config.vocabulary), start + i, SIBLING) for i in range(siblings)]
+        while wrong:  # slip the wrong branch in between, its own order kept
+            at = draw.randrange(len(table) + 1)
+            table[at:at] = [wrong.pop()]
+        table = sorted(table, key=lambda row: row[2]) if draw.random() < 0.5 else _parents_first(table)
+        run = Run(2000 + batch, 0, RunKind.SPECULATIVE, *(tuple(column) for column in zip(*table, strict=True)))
+        logits = chain.logits(run)
+        rows.append(logits[[i for i, row in enumerate(table) if row[2] == PATH]])
+        commit = (SequenceRemove(EVERYONE & ~PATH, start, 1500), SequenceCopy(1, EVERYONE, start, 1500))
+        chain.skip(Run(3000 + batch, 0, RunKind.CANONICAL, (0,), (1900 + batch,), (JUNK,), kv_operations=commit))
+        done += size
+    chain.close()
+    return torch.cat(rows)
+
+
+def _parents_first(table: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    return sorted(table, key=lambda row: row[1])
+
+
+@st.composite
+def cuts(draw: st.DrawFn) -> list[int]:
+    return draw(st.lists(st.integers(1, 11), min_size=1, max_size=4))
+
+
+@pytest.fixture(scope="module")
+def whole(tiny: ModelSource) -> StageModel:
+    return StageModel(tiny, 0, 4)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(prompt=st.integers(1, 200), sizes=cuts(), siblings=st.integers(0, 5), seed=st.integers(0, 10))
+@example(prompt=63, sizes=[1, 1, 2], siblings=0, seed=0)
+@example(prompt=64, sizes=[3, 5], siblings=2, seed=1)
+@example(prompt=127, sizes=[2, 8], siblings=5, seed=2)
+@example(prompt=60, sizes=[8, 9], siblings=4, seed=3)
+@example(prompt=600, sizes=[7, 1], siblings=3, seed=4)
+def test_logits_do_not_depend_on_micro_batches_siblings_or_cells(
+    whole: StageModel, prompt: int, sizes: list[int], siblings: int, seed: int
+) -> None:
+    tokens = text(prompt + sum(sizes), 160)
+    alone = one_row_at_a_time([whole], tokens[:prompt], tokens[prompt:])
+    together = micro_batches([whole], tokens[:prompt], tokens[prompt:], sizes, siblings, seed)
+    assert torch.equal(alone, together)
+
+
+@pytest.mark.parametrize("splits", [(0, 4), (0, 1, 4), (0, 2, 3, 4), (0, 1, 2, 3, 4)])
+def test_logits_do_not_depend_on_the_stage_split(tiny: ModelSource, whole: StageModel, splits: tuple[int, ...]) -> None:
+    stages = [StageModel(tiny, first, last) for first, last in itertools.pairwise(splits)]
+    tokens = text(150, 160)
+    assert [stage.is_first for stage in stages] == [True] + [False] * (len(stages) - 1)
+    assert [stage.is_last for stage in stages] == [False] * (len(stages) - 1) + [True]
+    alone = one_row_at_a_time([whole], tokens[:130], tokens[130:])
+    assert torch.equal(alone, micro_batches(stages, tokens[:130], tokens[130:], [4, 8, 8], 3, 5))
+
+
+@pytest.mark.parametrize("length", [1, 62, 63, 64, 65, 127, 128, 129, 191, 256, 600])
+def test_every_row_count_agrees_at_every_kv_size(whole: StageModel, length: int) -> None:
+    tokens = text(length + 9, 160)
+    alone = one_row_at_a_time([whole], tokens[:length], tokens[length:])
+    for size in range(1, 10):
+        sizes = [size] * (9 // size) + ([9 % size] if 9 % size else [])
+        assert torch.equal(alone, micro_batches([whole], tokens[:length], tokens[length:], sizes, size % 3, size))
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_real_matrix_shapes_are_exact_too(smollm2: ModelSource, dtype: torch.dtype) -> None:
+    thin = StageModel(smollm2, 0, 30, dtype, skipped=range(2, 30))
+    for length, sizes, siblings in [(5, [1, 2, 3], 1), (63, [4, 5], 3), (130, [8, 1, 9], 0), (60, [6, 7], 5)]:
+        tokens = text(length + sum(sizes), smollm2.config.vocabulary)
+        alone = one_row_at_a_time([thin], tokens[:length], tokens[length:])
+        assert torch.equal(alone, micro_batches([thin], tokens[:length], tokens[length:], sizes, siblings, 7))
+
+
+@pytest.mark.model
+def test_all_layers_of_smollm2_over_three_stages_are_exact(smollm2: ModelSource, smollm2_model: StageModel) -> None:
+    stages = [StageModel(smollm2, *layers) for layers in [(0, 11), (11, 19), (19, 30)]]
+    tokens = text(125 + 13, smollm2.config.vocabulary)
+    alone = one_row_at_a_time([smollm2_model], tokens[:125], tokens[125:])
+    assert torch.equal(alone, micro_batches(stages, tokens[:125], tokens[125:], [5, 8], 2, 3))
+
+
+def test_attention_ignores_what_a_row_does_not_see() -> None:
+    generator = torch.Generator().manual_seed(0)
+    table = CellTable(200, 2)
+    table.allocate(range(70), [0b11] * 70)
+    run = Run(1, 0, RunKind.SPECULATIVE, (1,) * 4, (70, 71, 70, 71), (1, 1, 2, 2))
+    cells = table.admit(run)
+    keys, values = torch.randn(2, 2, 200, 16, generator=generator)
+    queries = torch.randn(4, 2, 2, 16, generator=generator)
+    tile = plan_tile(table, run, 0, 4, 4)
+    before = attend(queries, keys, values, tile)
+    hidden_from_first_two = [*cells[2:], *range(74, 200)]
+    keys[:, hidden_from_first_two] *= -3
+    values[:, hidden_from_first_two] += 100
+    after = attend(queries, keys, values, tile)
+    assert torch.equal(before[:2], after[:2])
+    assert not torch.equal(before[2:], after[2:])
+
+
+def test_attention_equals_softmax_over_the_visible_cells() -> None:
+    generator = torch.Generator().manual_seed(1)
+    table = CellTable(300, 1)
+    run = Run(1, 0, RunKind.PREFILL, (1,) * 150, tuple(range(150)), (1,) * 150)
+    cells = table.admit(run)
+    keys, values = torch.randn(2, 3, 300, 8, generator=generator)
+    queries = torch.randn(150, 3, 2, 8, generator=generator)
+    got = attend(queries, keys, values, plan_tile(table, run, 0, 150, 150)).view(150, 3, 2, 8)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        queries.permute(1, 2, 0, 3), keys[:, None, cells], values[:, None, cells], is_causal=True, scale=1.0
+    ).permute(2, 0, 1, 3)
+    torch.testing.assert_close(got, expected)
+
+
+@given(rows=st.integers(1, 40), sizes=st.sets(st.integers(1, 8), min_size=1))
+def test_tiles_cover_all_rows_with_allowed_sizes_and_the_least_padding(rows: int, sizes: set[int]) -> None:
+    padded, bounds = Tiling(tuple(sorted(sizes))).split(rows)
+    assert [start for start, _ in bounds] == [0, *(stop for _, stop in bounds[:-1])]
+    assert bounds[-1][1] == padded >= rows
+    assert {stop - start for start, stop in bounds} <= sizes
+    assert padded - rows < max(sizes)
+
+
+def test_the_check_finds_a_product_that_depends_on_row_count_place_or_neighbours() -> None:
+    generator = torch.Generator().manual_seed(0)
+    probe, weight = cancelling_pair(40, 64, torch.float32, generator)
+    noise = torch.randn(8, 64, generator=generator)
+
+    def by_place(rows: torch.Tensor) -> torch.Tensor:
+        return rows @ weight.T + torch.arange(len(rows)).unsqueeze(1)
+
+    def by_neighbours(rows: torch.Tensor) -> torch.Tensor:
+        return rows @ weight.T + rows.abs().max()
+
+    assert probe_result(by_place, probe, noise, 4) is None
+    assert probe_result(by_neighbours, probe, noise, 4) is None
+    assert probe_result(by_place, probe, noise, 1) is not None
+
+
+def test_a_cancelling_pair_tells_two_orders_of_summation_apart() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        row, weight = cancelling_pair(64, 576, dtype, torch.Generator().manual_seed(0))
+        assert float(weight.double().mv(row.double()).abs().max()) < 1e-12
+        products = (weight.float() * row.float()).numpy()
+        forward, backward = (
+            np.cumsum(order, axis=1, dtype=np.float32)[:, -1] for order in (products, products[:, ::-1])
+        )
+        assert (forward != backward).mean() > 0.9
+
+
+@pytest.mark.model
+def test_the_start_up_check_of_smollm2_is_quick_and_right(smollm2: ModelSource) -> None:
+    torch.nn.functional.linear(torch.zeros(2, 8), torch.zeros(8, 8))
+    began = time.perf_counter()
+    tiling = choose_tiling(smollm2.config, torch.float32)
+    assert time.perf_counter() - began < 3.0  # half a second on an idle machine
+    generator = torch.Generator().manual_seed(99)
+    for product, probe in model_products(smollm2.config, torch.float32, generator):
+        rows = torch.randn(8, len(probe), generator=generator)
+        reference = {size: product(rows[:size]) for size in tiling.sizes}
+        for size in tiling.sizes:
+            assert torch.equal(reference[size], reference[tiling.sizes[-1]][:size])
