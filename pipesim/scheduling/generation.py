@@ -96,7 +96,7 @@ class Generation:
             run = self._submit(RunKind.CANONICAL, [root.token], [root.position], [self.cells.everyone])
             run.useful_rows = 1
             root.attach(run, 0)
-        elif self.cells.free > self.limits.nodes:  # a draft that is on its way must find its cells
+        elif self.cells.free > self.limits.nodes + 1:  # a draft that is on its way must find its cells
             self._submit(RunKind.CANONICAL, [root.token], [root.position], [CANONICAL])
         self.root_launched = True
 
@@ -145,7 +145,7 @@ class Generation:
 
         Says whether there is a free partition, cells and a useful position for what would come back.
         """
-        if not self.partitions.free or self.cells.free < max_nodes or tip.position >= self.limit - 2:
+        if not self.partitions.free or self.cells.free < max_nodes + 1 or tip.position >= self.limit - 2:
             return False
         self.draft_id, self.draft_tip = self._next_request_id, tip
         self._next_request_id += 1

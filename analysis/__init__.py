@@ -1,0 +1,1 @@
+"""Reads results: plots, statistics, reports. Imports pipesim, never the other way round."""

@@ -1,0 +1,9 @@
+"""The command line: ``pipesim.cli:main``."""
+
+from pipesim.cli import real, simulate  # noqa: F401  (importing them registers their commands)
+from pipesim.cli.common import app
+
+
+def main() -> None:
+    """Entry point of the ``pipesim`` command."""
+    app()

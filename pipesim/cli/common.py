@@ -1,0 +1,152 @@
+"""What all commands share: the application, option types, error handling, and how results are shown."""
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, TextIO
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from typer.core import TyperGroup
+
+from pipesim.errors import BadInputError, PipesimError
+from pipesim.metrics import Metrics, compute_metrics
+from pipesim.perfetto import write_perfetto
+from pipesim.scenario import Scenario
+from pipesim.scenario_file import load_scenario
+from pipesim.trace import Trace
+
+
+class _Commands(TyperGroup):
+    """Turns the project's own errors into one message on stderr and an exit status, for every command."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BadInputError as problem:
+            diagnostic(f"error: {problem}")
+            ctx.exit(2)
+        except PipesimError as problem:
+            diagnostic(f"error: {problem}")
+            ctx.exit(1)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="Speculative LLM inference over pipelines of machines: one scheduler, simulated and executed for real.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ScenarioArgument = Annotated[Path, typer.Argument(metavar="SCENARIO", help="Scenario file (YAML).")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key by its dotted path; may be repeated."),
+]
+SeedOption = Annotated[int | None, typer.Option("--seed", help="Override the scenario's seed.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+TraceOption = Annotated[
+    Path | None, typer.Option("--trace", metavar="FILE", help="Write a timeline for ui.perfetto.dev (JSON).")
+]
+PlotOption = Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw the timeline (PNG, PDF or SVG).")]
+EventsOption = Annotated[
+    Path | None, typer.Option("--events", metavar="FILE", help="Write the event log for `pipesim replay` (JSONL).")
+]
+
+
+def diagnostic(message: str) -> None:
+    """Prints for people, on stderr: stdout is for results."""
+    print(message, file=sys.stderr)
+
+
+def load(path: Path, overrides: list[str] | None, seed: int | None) -> Scenario:
+    """The scenario that the options describe. Raises BadInputError."""
+    return load_scenario(path, [*(overrides or ()), *([] if seed is None else [f"seed={seed}"])])
+
+
+@contextlib.contextmanager
+def writing(path: Path | None) -> Iterator[TextIO | None]:
+    """Opens an output file, if one is asked for. Raises BadInputError if it cannot be written."""
+    if path is None:
+        yield None
+        return
+    try:
+        stream = path.open("w", encoding="utf-8")
+    except OSError as problem:
+        raise BadInputError(f"{path}: cannot be written ({problem.strerror})") from None
+    with stream:
+        yield stream
+
+
+def result(trace: Trace, metrics: Metrics, text: str | None = None) -> dict[str, Any]:
+    """The object that ``--json`` prints; ``text`` only for real runs."""
+    shown: dict[str, Any] = {"policy": trace.policy, "seed": trace.seed, "tokens": list(trace.tokens)}
+    if text is not None:
+        shown["text"] = text
+    return {**shown, "metrics": metrics.as_dict()}
+
+
+def report(
+    trace: Trace, *, as_json: bool, trace_file: Path | None, plot_file: Path | None, text: str | None = None
+) -> None:
+    """Writes the files that were asked for and shows the result; exits with status 1 unless all tokens are there."""
+    metrics = compute_metrics(trace)
+    with writing(trace_file) as stream:
+        if stream:
+            write_perfetto(trace, stream)
+    if plot_file:
+        plot(trace, plot_file)
+    if as_json:
+        print(json.dumps(result(trace, metrics, text)))
+    else:
+        Console().print(metrics_table(trace, metrics))
+    if not trace.complete:
+        diagnostic(f"error: the generation ended early, after {len(trace.tokens)} tokens ({trace.finish_reason})")
+        raise typer.Exit(1)
+
+
+def plot(trace: Trace, path: Path) -> None:
+    """Draws the timeline. Raises BadInputError for a file name that cannot be written or has an unknown ending."""
+    from analysis.plots import plot_timeline  # drawing libraries take a second to load
+
+    try:
+        plot_timeline(trace, path)
+    except (OSError, ValueError) as problem:
+        raise BadInputError(f"{path}: the plot cannot be written ({problem})") from None
+
+
+def metrics_table(trace: Trace, metrics: Metrics) -> Table:
+    """The figures for people."""
+    table = Table(title=f"{trace.policy}, seed {trace.seed}: {len(trace.tokens)} tokens", show_header=False)
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+
+    def add(name: str, value: float | None, form: str, unit: str = "") -> None:
+        table.add_row(name, "-" if value is None else f"{value:{form}}{unit}")
+
+    add("speed", metrics.tokens_per_second, ".2f", " tokens/s")
+    add("time to first token", metrics.ttft_s, ".3f", " s")
+    if metrics.itl_s:
+        itl = metrics.itl_s
+        times = " / ".join(f"{1e3 * value:.1f}" for value in (itl.mean, itl.p50, itl.p95, itl.p99))
+        table.add_row("gap between tokens, mean / p50 / p95 / p99", f"{times} ms")
+    add("end to end", metrics.e2e_s, ".3f", " s")
+    add("acceptance rate", metrics.acceptance_rate, ".1%")
+    table.add_row("stage utilization", " ".join(f"{value:.0%}" for value in metrics.stage_utilization))
+    add("bubbles", metrics.bubble_fraction, ".1%")
+    runs = metrics.runs
+    table.add_row(
+        "runs",
+        f"{runs.submitted}: {runs.accepted} accepted, {runs.rejected} rejected, "
+        f"{runs.cancelled} cancelled, {runs.drained} drained",
+    )
+    if metrics.wasted_compute_fraction:
+        add("wasted compute", metrics.wasted_compute_fraction.total, ".1%")
+    add("sent over links", metrics.link_bytes / 1e6, ".2f", " MB")
+    add("drafted tokens", metrics.draft_tokens, "d")
+    return table

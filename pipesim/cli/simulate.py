@@ -1,0 +1,72 @@
+"""The commands that need no model: simulate, replay, schema."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipesim.cli.common import (
+    EventsOption,
+    JsonOption,
+    PlotOption,
+    ScenarioArgument,
+    SeedOption,
+    SetOption,
+    TraceOption,
+    app,
+    diagnostic,
+    load,
+    report,
+    writing,
+)
+from pipesim.event_log import replay
+from pipesim.scenario import json_schema
+
+
+@app.command("simulate")
+def simulate_command(
+    scenario: ScenarioArgument,
+    overrides: SetOption = None,
+    seed: SeedOption = None,
+    as_json: JsonOption = False,
+    trace: TraceOption = None,
+    plot: PlotOption = None,
+    events: EventsOption = None,
+) -> None:
+    """Simulate a scenario.
+
+    Example: pipesim simulate scenarios/demo.yaml --set policy.name=speculative --set policy.max_nodes=6 --plot out.png
+    """
+    from pipesim.simulation.pipeline import simulate  # other commands need not wait for it to load
+
+    loaded = load(scenario, overrides, seed)
+    with writing(events) as stream:
+        outcome = simulate(loaded, stream)
+    report(outcome, as_json=as_json, trace_file=trace, plot_file=plot)
+
+
+@app.command("replay")
+def replay_command(
+    events: Annotated[Path, typer.Argument(metavar="EVENTS.jsonl", help="Event log that --events wrote.")],
+) -> None:
+    """Feed a logged generation to a fresh scheduler: it must give the logged commands exactly.
+
+    Exit status 1 and both commands are shown if it does not.
+
+    Example: pipesim simulate scenarios/demo.yaml --events out.jsonl && pipesim replay out.jsonl
+    """
+    difference = replay(events)
+    if difference:
+        print(difference)
+        raise typer.Exit(1)
+    diagnostic(f"{events}: a fresh scheduler gives the same commands")
+
+
+@app.command("schema")
+def schema_command() -> None:
+    """Print the JSON Schema of scenario files, for editors and other programs.
+
+    Example: pipesim schema > scenario.schema.json
+    """
+    print(json.dumps(json_schema(), indent=2))

@@ -1,0 +1,184 @@
+"""What the simulated target says and the simulated drafter guesses, keyed by position.
+
+Both are functions of (seed, position, previous token), never of what was asked before: every policy meets the same
+text and the same lucky and unlucky positions (common random numbers).
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from pipesim.errors import BadInputError
+from pipesim.scenario import IidAcceptance, Scenario
+from pipesim.scheduling.tree import Candidate
+
+_MASK = 2**64 - 1
+_TARGET, _DRAFTER = 0x7461726765740001, 0x6472616674657202  # one stream for each subsystem
+_CHARACTERS_PER_TOKEN = 4
+
+
+class Truth(Protocol):
+    """A simulated model pair."""
+
+    prompt: tuple[int, ...]
+
+    def next(self, position: int, previous: int) -> int:
+        """The token that the target puts at ``position`` after ``previous``."""
+        ...
+
+    def candidates(self, position: int, previous: int) -> Sequence[Candidate]:
+        """The drafter's candidates for ``position`` after ``previous``, best first."""
+        ...
+
+
+class IidTruth:
+    """Drafted tokens are right independently of each other; see ``IidAcceptance`` for the model.
+
+    For each position five uniform numbers are drawn: is the first candidate right, else is the second, the
+    confidence in the first, the second's share of the confidence that is left (the upper half of it if the second is
+    right, the lower half otherwise), and which wrong tokens are offered.
+    """
+
+    def __init__(self, acceptance: IidAcceptance, seed: int, prompt_tokens: int, vocabulary: int) -> None:
+        self._settings = acceptance
+        self._vocabulary = vocabulary
+        self._target = _mix(seed & _MASK ^ _TARGET)
+        self._drafter = _mix(seed & _MASK ^ _DRAFTER)
+        self._drawn: dict[int, tuple[bool, bool, float, float, int, int]] = {}
+        tokens = [0]
+        for position in range(prompt_tokens):
+            tokens.append(self.next(position, tokens[-1]))
+        self.prompt = tuple(tokens[1:])
+
+    def next(self, position: int, previous: int) -> int:
+        """A hash of seed, position and previous token."""
+        return _mix(self._target + position ^ previous << 32) % self._vocabulary
+
+    def candidates(self, position: int, previous: int) -> Sequence[Candidate]:
+        """Two candidates; one of them may be right."""
+        drawn = self._drawn.get(position)
+        if drawn is None:
+            drawn = self._drawn[position] = self._draw(position)
+        first_right, second_right, first_confidence, second_confidence, offset, second_offset = drawn
+        truth = self.next(position, previous)
+        first = truth if first_right else (truth + offset) % self._vocabulary
+        second = truth if second_right else (truth + second_offset) % self._vocabulary
+        return ((first, first_confidence), (second, second_confidence))
+
+    def _draw(self, position: int) -> tuple[bool, bool, float, float, int, int]:
+        settings = self._settings
+        state = _mix(self._drafter + position)
+        right, runner_up, spread, share, wrong = (_mix(state + i) for i in range(1, 6))
+        first_right = _unit(right) < settings.rate
+        second_right = not first_right and _unit(runner_up) < settings.runner_up
+        mean = settings.confidence_right if first_right else settings.confidence_wrong
+        first = min(1.0, max(0.0, mean + settings.confidence_spread * (2.0 * _unit(spread) - 1.0)))
+        second = min(first, (1.0 - first) * (0.5 * _unit(share) + (0.5 if second_right else 0.0)))
+        others = self._vocabulary - 1  # wrong tokens, told apart by how far they are from the right one
+        offset = 1 + wrong % others
+        second_offset = 1 + (offset + (wrong >> 32) % (others - 1)) % others
+        return first_right, second_right, first, second, offset, second_offset
+
+
+class RecordedTruth:
+    """The text and the drafter's candidates of a real model pair.
+
+    Off the recorded text the target says something arbitrary, and the drafter answers as it did on it: such rows can
+    never become text, only the drafter's confidence (does it go on?) matters there. Beyond its end there are no
+    candidates.
+    """
+
+    def __init__(self, prompt: Sequence[int], tokens: Sequence[int], candidates: Sequence[Sequence[Candidate]]) -> None:
+        self.prompt = tuple(prompt)
+        self._text = (*prompt, *tokens)
+        self._candidates = candidates
+
+    def next(self, position: int, previous: int) -> int:
+        """The recorded token, if the one before is as recorded."""
+        if position < len(self._text) and previous == self._text[position - 1]:
+            return self._text[position]
+        return _mix(position ^ previous << 32) % 2**31
+
+    def candidates(self, position: int, previous: int) -> Sequence[Candidate]:
+        """The recorded candidates for this position."""
+        index = position - len(self.prompt)
+        return self._candidates[index] if 0 <= index < len(self._candidates) else ()
+
+
+def make_truth(scenario: Scenario) -> Truth:
+    """The truth of a scenario.
+
+    Raises:
+        BadInputError: there is no ``acceptance`` section, or its trace cannot be used.
+    """
+    acceptance, workload = scenario.acceptance, scenario.workload
+    if acceptance is None:
+        raise BadInputError("acceptance: a simulation needs this section, e.g. acceptance: {kind: iid, rate: 0.7}")
+    if isinstance(acceptance, IidAcceptance):
+        count = workload.prompt_tokens or -(-len(workload.prompt or "") // _CHARACTERS_PER_TOKEN)
+        return IidTruth(acceptance, scenario.seed, count, scenario.model.vocabulary)
+    prompt, tokens, candidates = _read_trace(acceptance.file)
+    if workload.prompt_tokens not in (None, len(prompt)):
+        raise BadInputError(
+            f"workload.prompt_tokens = {workload.prompt_tokens}, but {acceptance.file} recorded {len(prompt)}: "
+            "leave it out"
+        )
+    if len(tokens) < workload.max_new_tokens:
+        raise BadInputError(
+            f"workload.max_new_tokens = {workload.max_new_tokens}, but {acceptance.file} holds {len(tokens)} tokens: "
+            "generate fewer or record more"
+        )
+    return RecordedTruth(prompt, tokens, candidates)
+
+
+def _read_trace(path: Path) -> tuple[list[int], list[int], list[list[Candidate]]]:
+    """Prompt, text and candidates of an acceptance trace file."""
+    try:
+        raw: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as problem:
+        raise BadInputError(f"acceptance.file: {path} cannot be read as JSON ({problem})") from None
+    if not isinstance(raw, dict) or raw.keys() != {"prompt_tokens", "tokens", "candidates"}:
+        raise BadInputError(f"acceptance.file: {path} needs exactly the keys prompt_tokens, tokens and candidates")
+    prompt, tokens = ([_token(path, item) for item in _list(path, raw[key])] for key in ("prompt_tokens", "tokens"))
+    candidates = [
+        [_candidate(path, candidate) for candidate in _list(path, ranked)] for ranked in _list(path, raw["candidates"])
+    ]
+    if not prompt or len(candidates) != len(tokens):
+        raise BadInputError(
+            f"acceptance.file: {path} needs a prompt and one list of candidates per token, "
+            f"it has {len(prompt)} prompt tokens, {len(tokens)} tokens and {len(candidates)} lists"
+        )
+    return prompt, tokens, candidates
+
+
+def _list(path: Path, value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise BadInputError(f"acceptance.file: {path} has {value!r} where a list is needed")
+    return value
+
+
+def _token(path: Path, value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise BadInputError(f"acceptance.file: {path} has {value!r} where a token id is needed")
+    return value
+
+
+def _candidate(path: Path, value: Any) -> Candidate:
+    pair = _list(path, value)
+    if len(pair) != 2 or not isinstance(pair[1], int | float) or not 0 <= pair[1] <= 1:
+        raise BadInputError(f"acceptance.file: {path} has {value!r}, not a [token, confidence up to 1]")
+    return _token(path, pair[0]), float(pair[1])
+
+
+def _mix(value: int) -> int:
+    """64 well-mixed bits (splitmix64's finalizer: Steele, Lea, Flood, OOPSLA 2014)."""
+    value = (value + 0x9E3779B97F4A7C15) & _MASK
+    value = ((value ^ value >> 30) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ value >> 27) * 0x94D049BB133111EB) & _MASK
+    return value ^ value >> 31
+
+
+def _unit(bits: int) -> float:
+    """Uniform in [0, 1)."""
+    return (bits >> 11) * 2.0**-53

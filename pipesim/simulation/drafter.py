@@ -1,0 +1,103 @@
+"""A simulated drafter: one request at a time, a newer request ends the older one between two levels."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from simpy.events import Timeout
+
+from pipesim.recorder import Recorder
+from pipesim.scenario import Drafter
+from pipesim.scheduling.commands import RequestDraft
+from pipesim.scheduling.events import DraftReturned
+from pipesim.scheduling.tree import Candidate, grow_tree
+from pipesim.simulation.acceptance import Truth
+from pipesim.simulation.devices import Clock, Device
+
+
+@dataclass(frozen=True, slots=True)
+class DraftJob:
+    """A request as it reaches the drafter. ``previous`` is the token before the first one to draft."""
+
+    request: RequestDraft
+    previous: int
+
+
+class DrafterServer:
+    """The drafter. ``answer(event)`` is called when a draft is ready."""
+
+    def __init__(
+        self,
+        clock: Clock,
+        settings: Drafter,
+        device: Device,
+        truth: Truth,
+        recorder: Recorder,
+        answer: Callable[[DraftReturned], None],
+    ) -> None:
+        self._clock = clock
+        self._device = device
+        self._truth = truth
+        self._record = recorder.draft_span
+        self._answer = answer
+        self._level = round(settings.level_ms * 1e6)
+        self._setup = round(settings.prefill_per_token_ms * 1e6 * len(truth.prompt))
+        self._waiting: DraftJob | None = None
+        self._job: DraftJob | None = None
+        self._draft: DraftReturned | None = None  # what the job will bring, None while it waits for a core
+        self._start = self._levels_start = self._end = 0
+
+    def arrive(self, timeout: Timeout) -> None:
+        """A request comes in; whatever came before it is worthless."""
+        self._waiting = timeout._value
+        if self._job is None:
+            self._next()
+        elif self._draft is not None and self._clock.now < self._end:
+            worked = max(0, self._clock.now - self._levels_start)
+            levels = -(-worked // self._level) if self._level else 0
+            boundary = self._levels_start + levels * self._level
+            if boundary < self._end:
+                self._end = boundary
+                self._clock.at(boundary, self._finish)
+
+    def _next(self) -> None:
+        self._job, self._waiting = self._waiting, None
+        if self._job is not None:
+            self._device.acquire(partial(self._begin, self._job))
+
+    def _begin(self, job: DraftJob) -> None:
+        if self._waiting is not None:  # a newer request came while this one waited for the core
+            self._job = job = self._waiting
+            self._waiting = None
+        request, truth, previous = job.request, self._truth, job.previous
+        first = request.frontier + len(request.path)
+
+        def candidates(path: tuple[int, ...]) -> Sequence[Candidate]:
+            return truth.candidates(first + len(path), path[-1] if path else previous)
+
+        tree, levels = grow_tree(candidates, request.max_nodes, request.branches, request.cutoff, request.split)
+        self._draft = DraftReturned(request.request_id, tree)
+        self._start = self._clock.now
+        self._levels_start = self._start + self._setup
+        self._setup = 0
+        self._end = self._levels_start + levels * self._level
+        self._clock.at(self._end, self._finish)
+
+    def _finish(self, _: Timeout) -> None:
+        draft = self._draft
+        if draft is None or self._clock.now != self._end:
+            return  # the planned end of a request that was abandoned
+        self._draft = None
+        self._device.release()
+        abandoned = self._waiting is not None
+        tokens = 0 if abandoned else len(draft.tree.tokens)
+        self._record(draft.request_id, self._start / 1e9, self._end / 1e9, tokens)
+        if not abandoned:
+            self._answer(draft)
+        self._next()
+
+    def __str__(self) -> str:
+        if self._job is None:
+            return "drafter: idle"
+        doing = f"drafts until {self._end / 1e9} s" if self._draft else f"waits for a core of {self._device}"
+        return f"drafter: request {self._job.request.request_id} {doing}"

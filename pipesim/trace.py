@@ -1,0 +1,96 @@
+"""What both worlds record of one generation. All times are seconds since the prompt was submitted."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pipesim.scheduling.commands import FinishReason, Outcome
+from pipesim.scheduling.runs import RunKind
+
+
+@dataclass(frozen=True, slots=True)
+class StageSpan:
+    """The time that one run cost one stage. ``void``: the run was dead when it left, its output worthless.
+
+    A run that died before its turn came leaves no span.
+    """
+
+    stage: int
+    run_id: int
+    start_s: float
+    end_s: float
+    void: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DraftSpan:
+    """The drafter at work on one request. An abandoned request leaves a span with no tokens."""
+
+    request_id: int
+    start_s: float
+    end_s: float
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecord:
+    """The life of one run as the head saw it.
+
+    ``returned_s`` and ``outcome`` are ``None`` if it never came home. ``useful_rows`` of its rows are committed
+    text that no other run had computed.
+    """
+
+    run_id: int
+    kind: RunKind
+    rows: int
+    submitted_s: float
+    returned_s: float | None
+    outcome: Outcome | None
+    useful_rows: int
+
+    @property
+    def redundant(self) -> bool:
+        """Its rows agree with the text, but faster runs had already delivered all of them."""
+        return self.outcome is Outcome.ACCEPTED and not self.useful_rows
+
+
+@dataclass(frozen=True, slots=True)
+class Emission:
+    """Tokens shown to the user at once; the first stands at position ``position``."""
+
+    time_s: float
+    position: int
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """Everything that metrics, plots and exports are derived from.
+
+    ``finished_s``: the user has all tokens; ``drained_s``: nothing is in flight any more; ``None`` if it never
+    came to that. ``link_bytes`` is keyed by link name. ``finish_reason`` is ``None`` for an unfinished generation.
+    """
+
+    policy: str
+    seed: int
+    stages: tuple[str, ...]
+    prompt_tokens: int
+    finish_reason: FinishReason | None
+    finished_s: float | None
+    drained_s: float | None
+    link_bytes: Mapping[str, int]
+    drafted_verified: int
+    drafted_accepted: int
+    spans: tuple[StageSpan, ...]
+    drafts: tuple[DraftSpan, ...]
+    runs: tuple[RunRecord, ...]
+    emissions: tuple[Emission, ...]
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The generated text, prompt excluded."""
+        return tuple(token for emission in self.emissions for token in emission.tokens)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all tokens were produced: the length asked for, or a natural end of text."""
+        return self.finish_reason in (FinishReason.LENGTH, FinishReason.STOP)

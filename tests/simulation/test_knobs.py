@@ -1,0 +1,149 @@
+"""No setting is ignored (I10): moving each knob that simulation reads moves a metric."""
+
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+from scenario_builder import build
+
+from pipesim.metrics import compute_metrics
+from pipesim.scenario import Scenario
+from pipesim.scenario_file import _members
+from pipesim.simulation.pipeline import simulate
+
+SHARED = ["cluster.devices=[{name: box, cores: 2}]", "cluster.stages.0.device=box", "cluster.drafter.device=box"]
+TABLE = ["cluster.stages.0.cost={kind: table, rows_ms: {1: 10, 4: 12}}"]
+MOVES: dict[str, list[str]] = {
+    # knob (dotted, list indexes left out): [context..., the move]
+    "model.layers": ["model.layers=48"],
+    "model.hidden": ["model.hidden=4096"],
+    "model.activation_bytes": ["model.activation_bytes=2"],
+    "model.vocabulary": ["model.vocabulary=40000"],
+    "cluster.stages.cost.per": ["cluster.stages.0.cost.per=layer"],
+    "cluster.stages.cost.kv_us_per_kilocell": ["cluster.stages.0.cost.kv_us_per_kilocell=900"],
+    "cluster.stages.cost.prefill_per_token_ms": ["cluster.stages.0.cost.prefill_per_token_ms=9"],
+    "cluster.stages.cost.constant_ms": ["cluster.stages.0.cost.constant_ms=11"],
+    "cluster.stages.cost.per_token_ms": ["cluster.stages.0.cost.per_token_ms=2"],
+    "cluster.stages.cost.kind": TABLE,
+    "cluster.stages.cost.rows_ms": [*TABLE, "cluster.stages.0.cost.rows_ms.4=20"],
+    "cluster.stages.layers": [
+        "cluster.stages=[{layers: 4, cost: &c {kind: linear, per: layer, constant_ms: 1}}, {layers: 8, cost: *c}]",
+        "cluster.stages.0.layers=2",
+        "cluster.stages.1.layers=10",
+    ],
+    "cluster.stages.device": [*SHARED[:1], "cluster.drafter.device=box", "cluster.stages.0.device=box"],
+    "cluster.stages.repeat": ["cluster.stages.0.repeat=4"],
+    "cluster.devices.cores": [*SHARED, "cluster.devices.0.cores=1"],
+    "cluster.drafter.device": [*SHARED[:2], "cluster.drafter.device=box"],
+    "cluster.drafter.level_ms": ["cluster.drafter.level_ms=4"],
+    "cluster.drafter.prefill_per_token_ms": ["cluster.drafter.prefill_per_token_ms=9"],
+    "cluster.head.device": [*SHARED, "cluster.head.device=box"],
+    "cluster.head.overhead_ms": ["cluster.head.overhead_ms=1"],
+    "cluster.links.latency_ms": ["cluster.links.latency_ms=1"],
+    "cluster.links.bandwidth_gbps": ["cluster.links.bandwidth_gbps=0.1"],
+    "cluster.links.hops.hop": ["cluster.links.hops=[{hop: 1, bandwidth_gbps: 0.01}]", "cluster.links.hops.0.hop=3"],
+    "cluster.links.hops.latency_ms": ["cluster.links.hops=[{hop: 1, latency_ms: 9}]"],
+    "cluster.links.hops.bandwidth_gbps": ["cluster.links.hops=[{hop: 1, bandwidth_gbps: 0.01}]"],
+    "cluster.links.control.latency_ms": ["cluster.links.control={latency_ms: 20}"],
+    "cluster.links.control.bandwidth_gbps": ["cluster.links.control={latency_ms: 0.5, bandwidth_gbps: 0.00001}"],
+    "cluster.links.draft.latency_ms": ["cluster.links.draft={latency_ms: 20}"],
+    "cluster.links.draft.bandwidth_gbps": ["cluster.links.draft={latency_ms: 0.5, bandwidth_gbps: 0.0001}"],
+    "cluster.kv_cells": [
+        "cluster.links.latency_ms=40",
+        "policy={name: pipeinfer, branches: 4, p_split: 0, micro_batch: 8}",
+        "cluster.kv_cells=50",
+    ],
+    "cluster.prefill_chunk": ["workload.prompt_tokens=100", "cluster.prefill_chunk=10"],
+    "cluster.prefill_window": ["workload.prompt_tokens=100", "cluster.prefill_chunk=10", "cluster.prefill_window=1"],
+    "workload.prompt": ["workload={max_new_tokens: 40, prompt: tell me}", "workload.prompt=tell me a longer story"],
+    "workload.prompt_tokens": ["workload.prompt_tokens=20"],
+    "workload.max_new_tokens": ["workload.max_new_tokens=30"],
+    "policy.name": ["policy.name=speculative"],
+    "acceptance.rate": ["acceptance.rate=0.5"],
+    "acceptance.runner_up": ["policy.branches=2", "policy.p_split=0.05", "acceptance.runner_up=1"],
+    "acceptance.confidence_right": ["policy.p_accept=0.6", "acceptance.confidence_right=0.5"],
+    "acceptance.confidence_wrong": ["policy.p_accept=0.6", "acceptance.confidence_wrong=0.9"],
+    "acceptance.confidence_spread": ["policy.p_accept=0.6", "acceptance.confidence_spread=0.5"],
+    "seed": ["seed=4"],
+}
+ELSEWHERE = {
+    "model.name": "a label here; names what to load for real",
+    "cluster.devices.name": "a reference: a wrong one is refused",
+    "acceptance.kind": "tests/simulation/test_acceptance.py",
+    "acceptance.file": "tests/simulation/test_acceptance.py",
+    "workload.chat": "real runs",
+    "workload.ignore_eos": "real runs",
+    "workload.temperature": "real runs",
+    "workload.top_k": "real runs",
+    "workload.top_p": "real runs",
+}
+
+
+def knobs(model: Any, path: str = "") -> Iterator[str]:
+    """Every leaf of the schema as a dotted path."""
+    for name, field in model.model_fields.items():
+        inner = [m for m in _members(field.annotation) if isinstance(m, type) and issubclass(m, BaseModel)]
+        for section in inner:
+            yield from knobs(section, f"{path}{name}.")
+        if not inner:
+            yield path + name
+
+
+def figures(*sets: str) -> Any:
+    trace = simulate(build(*sets))
+    return compute_metrics(trace), trace.tokens
+
+
+def test_every_knob_of_the_schema_is_listed() -> None:
+    listed = {*MOVES, *ELSEWHERE}
+    found = {knob for knob in knobs(Scenario) if not knob.startswith("execution.")}
+    assert found == listed
+
+
+@pytest.mark.parametrize("knob", MOVES)
+def test_moving_a_knob_moves_a_metric(knob: str) -> None:
+    *context, move = MOVES[knob]
+    if knob == "cluster.stages.layers":  # one stage's layers cannot change alone
+        context, moved = context[:1], context
+        assert figures(*context) != figures(*moved, move)
+    else:
+        assert figures(*context) != figures(*context, move)
+
+
+SETTINGS = {
+    "pipeinfer": [
+        "micro_batch=2",
+        "branches=3",
+        "p_accept=0.7",
+        "p_recovery=0.3",
+        "partitions=2",
+        "asynchronous=false",
+        "continuous=false",
+        "multibuffering=false",
+        "cancellation=false",
+        "always_canonical=true",
+    ],
+    "speculative": ["max_nodes=2", "branches=2", "cutoff=0.7"],
+}
+
+
+@pytest.mark.parametrize(("policy", "move"), [(policy, move) for policy, moves in SETTINGS.items() for move in moves])
+def test_moving_a_policy_setting_moves_a_metric(policy: str, move: str) -> None:
+    bars = "p_split=0.02" if policy == "pipeinfer" else "split=0.02"
+    context = [f"policy.name={policy}", f"policy.{bars}"]
+    assert figures(*context) != figures(*context, f"policy.{move}")
+
+
+def test_moving_split_or_decay_moves_a_metric() -> None:
+    forks = ["policy.branches=2", "policy.p_split=0.02"]
+    assert figures(*forks) != figures(*forks, "policy.p_split=0.3")
+    cautious = ["policy.p_accept=0.9"]
+    assert figures(*cautious) != figures(*cautious, "policy.p_decay=0.2")
+    tree = ["policy={name: speculative, branches: 2, split: 0.02}"]
+    assert figures(*tree) != figures(*tree, "policy.split=0.4")
+
+
+def test_the_knob_walk_sees_unions_and_lists() -> None:
+    assert typing.cast(Any, {"cluster.stages.cost.rows_ms", "cluster.links.hops.hop"}) <= set(knobs(Scenario))

@@ -1,0 +1,158 @@
+import io
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scenario_builder import build
+
+from pipesim.errors import InvariantError
+from pipesim.scheduling.commands import Outcome
+from pipesim.simulation.pipeline import simulate
+from pipesim.simulation.stage import StageServer
+from pipesim.trace import Trace
+
+SHARED = (
+    "cluster.devices=[{name: laptop, cores: 2}]",
+    "cluster.stages.0.device=laptop",
+    "cluster.head={device: laptop, overhead_ms: 0.5}",
+    "cluster.drafter.device=laptop",
+)
+policies = st.sampled_from(
+    [
+        "{name: speculative, max_nodes: 5, branches: 2, split: 0.05}",
+        "{name: pipeinfer}",
+        "{name: pipeinfer, branches: 3, p_split: 0.05, micro_batch: 6}",
+        "{name: pipeinfer, always_canonical: true, cancellation: false}",
+        "{name: pipeinfer, asynchronous: false, p_accept: 0.6, p_decay: 0.1}",
+        "{name: pipeinfer, continuous: false}",
+        "{name: pipeinfer, multibuffering: false, p_recovery: 0.05}",
+    ]
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    policy=policies,
+    shared=st.booleans(),
+    seed=st.integers(0, 1000),
+    rate=st.sampled_from([0, 0.5, 0.9, 1]),
+    latency_ms=st.sampled_from([0, 0.3, 40]),
+    tokens=st.integers(1, 50),
+    stages=st.integers(1, 5),
+)
+def test_every_policy_gives_the_text_of_plain_decoding(
+    policy: str, shared: bool, seed: int, rate: float, latency_ms: float, tokens: int, stages: int
+) -> None:
+    sets = [
+        f"seed={seed}",
+        f"acceptance.rate={rate}",
+        f"cluster.links.latency_ms={latency_ms}",
+        f"workload.max_new_tokens={tokens}",
+        f"cluster.stages.0.repeat={stages}",
+        *(SHARED if shared else ()),
+    ]
+    plain = simulate(build(*sets, "policy.name=autoregressive"))
+    trace = simulate(build(*sets, f"policy={policy}"))
+    assert trace.tokens == plain.tokens
+    assert len(trace.tokens) == tokens
+    assert trace.complete
+    check_books(trace)
+
+
+def check_books(trace: Trace) -> None:
+    """What holds of every trace: each run ended, stages do one thing at a time, emissions are gapless."""
+    assert all(run.outcome is not None and run.returned_s is not None for run in trace.runs)
+    for stage in range(len(trace.stages)):
+        spans = [span for span in trace.spans if span.stage == stage]
+        for before, after in itertools.pairwise(spans):
+            assert before.end_s <= after.start_s
+            assert before.run_id < after.run_id, "streams are FIFO (I2)"
+    for before, after in zip(trace.drafts, trace.drafts[1:], strict=False):
+        assert before.end_s <= after.start_s
+    position = trace.prompt_tokens
+    for emission in trace.emissions:
+        assert emission.position == position
+        position += len(emission.tokens)
+    cancelled = {run.run_id for run in trace.runs if run.outcome in (Outcome.CANCELLED, Outcome.DRAINED)}
+    assert {span.run_id for span in trace.spans if span.void} <= cancelled
+
+
+def serialised(*sets: str) -> tuple[str, Trace]:
+    log = io.StringIO()
+    trace = simulate(build(*sets), log)
+    return log.getvalue(), trace
+
+
+def test_same_seed_same_bytes_other_seed_other_bytes() -> None:
+    log, trace = serialised("seed=7")
+    assert (log, trace) == serialised("seed=7")
+    other_log, other = serialised("seed=8")
+    assert other_log != log
+    assert other.tokens != trace.tokens
+
+
+def test_cancelled_runs_cost_less_than_runs_that_are_computed_to_the_end() -> None:
+    with_it, without = (simulate(build(f"policy.cancellation={on}", "acceptance.rate=0.3")) for on in ("true", "false"))
+    assert any(span.void for span in with_it.spans)
+    assert not any(span.void and span.end_s < (without.finished_s or 0) for span in without.spans)
+    assert (with_it.finished_s or 0) < (without.finished_s or 0)
+
+
+def test_control_messages_travel_beside_the_data_and_take_their_own_time() -> None:
+    sets = ["acceptance.rate=0.3", "cluster.links.latency_ms=5"]
+    fast = simulate(build(*sets, "cluster.links.control={latency_ms: 0}"))
+    slow = simulate(build(*sets, "cluster.links.control={latency_ms: 200}"))
+
+    def wasted(trace: Trace) -> float:
+        return sum(span.end_s - span.start_s for span in trace.spans if span.void) / (trace.finished_s or 1)
+
+    assert sum(span.void for span in fast.spans) > sum(span.void for span in slow.spans)
+    assert wasted(fast) > 0
+
+
+def test_a_newer_request_abandons_the_older_at_the_end_of_a_level() -> None:
+    trace = simulate(build("cluster.drafter.level_ms=7", "acceptance.rate=0.2"))
+    abandoned = [draft for draft in trace.drafts if not draft.tokens]
+    assert abandoned
+    for draft in abandoned:
+        levels = (draft.end_s - draft.start_s) / 7e-3
+        assert levels == pytest.approx(round(levels), abs=1e-6)
+        assert levels < 4
+
+
+def test_parts_on_one_device_wait_for_its_cores() -> None:
+    shared = simulate(build(*SHARED))
+    alone = simulate(build("cluster.head.overhead_ms=0.5"))
+    assert (shared.finished_s or 0) > 1.2 * (alone.finished_s or 0)
+    edges = sorted([(span.start_s, 1) for span in shared.spans] + [(span.end_s, -1) for span in shared.spans])
+    busy, most = 0, 0
+    for _, change in edges:
+        busy += change
+        most = max(most, busy)
+    assert most == 2, "two cores"
+
+
+def test_a_standstill_is_an_error_that_says_who_waits_for_whom(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StageServer, "_pass_on", lambda self, frame, void: None)  # a stage that swallows frames
+    with pytest.raises(InvariantError, match="standstill") as caught:
+        simulate(build())
+    message = str(caught.value)
+    assert "head: waits for runs [0]" in message
+    assert "stage 2: idle" in message
+    assert "drafter: idle" in message
+
+
+def test_bytes_are_counted_for_every_link() -> None:
+    trace = simulate(build())
+    assert set(trace.link_bytes) == {
+        "head to stage 0",
+        "stage 0 to stage 1",
+        "stage 1 to stage 2",
+        "stage 2 to head",
+        *(f"head to stage {i} (control)" for i in range(3)),
+        "head to drafter",
+        "drafter to head",
+    }
+    assert all(trace.link_bytes.values())
+    assert trace.link_bytes["stage 0 to stage 1"] > trace.link_bytes["head to stage 0"], "activations outweigh tokens"
