@@ -16,6 +16,11 @@ class Abandoned(Exception):  # noqa: N818 - a signal, not an error
     """Raised inside a drafter when the request it works on is no longer wanted."""
 
 
+def never() -> bool:
+    """The answer of a request that nobody abandons."""
+    return False
+
+
 class Drafter(ABC):
     """Proposes how a text goes on. One generation at a time: ``start``, then ``draft`` and ``extend`` in turns."""
 
@@ -61,13 +66,20 @@ class Drafter(ABC):
     def candidates_after(self, context: Sequence[int], path: tuple[int, ...]) -> Sequence[Candidate]:
         """At most ``WIDTH`` candidates for the token after ``context + path``, best first."""
 
-    def trace(self, tokens: Sequence[int], sampling: Sampling) -> list[tuple[Candidate, ...]]:
-        """What it would propose all along a known text: entry ``i`` are the candidates for ``tokens[i + 1]``."""
+    def trace(
+        self, tokens: Sequence[int], sampling: Sampling, abandoned: Callable[[], bool] = never
+    ) -> list[tuple[Candidate, ...]] | None:
+        """What it would propose all along a known text: entry ``i`` are the candidates for ``tokens[i + 1]``.
+
+        None once ``abandoned()`` is true; asked often, also as a sign of life.
+        """
         if not tokens:
             return []
         self.start(tokens[:1], sampling)
         found = []
         for token in tokens[1:]:
+            if abandoned():
+                return None
             found.append(tuple(self.candidates_after(self.text, ())))
             self.extend([token])
         return found

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from backends.drafting.base import WIDTH, Abandoned, Drafter
+from backends.drafting.base import WIDTH, Abandoned, Drafter, never
 from backends.models.exact import LARGEST_TILE
 from backends.models.stage_model import StageModel
 from backends.reference import PREFILL_CHUNK
@@ -82,17 +82,22 @@ class ModelDrafter(Drafter):
             self._compute_level(self._level(path), len(context))
         return self._ranked.get(path, [])
 
-    def trace(self, tokens: Sequence[int], sampling: Sampling) -> list[tuple[Candidate, ...]]:
+    def trace(
+        self, tokens: Sequence[int], sampling: Sampling, abandoned: Callable[[], bool] = never
+    ) -> list[tuple[Candidate, ...]] | None:
         """As the base's, in one pass over ``tokens``."""
         if len(tokens) > self._max_context:
             raise BadInputError(f"model drafter: a text of {len(tokens)} tokens exceeds max_context")
         self.start(tokens, sampling)
-        self._abandoned = _never
-        found = []
+        self._abandoned = abandoned
+        found: list[tuple[Candidate, ...]] = []
         for start in range(0, len(tokens) - 1, PREFILL_CHUNK):
             chunk = tuple(tokens[start : min(start + PREFILL_CHUNK, len(tokens) - 1)])
             positions = tuple(range(start, start + len(chunk)))
-            rows = self._compute(RunKind.PREFILL, chunk, positions, (_EVERYONE,) * len(chunk), 0)
+            try:
+                rows = self._compute(RunKind.PREFILL, chunk, positions, (_EVERYONE,) * len(chunk), 0)
+            except Abandoned:
+                return None
             self._cached += chunk
             found += [tuple(self._rank(row, at + 1)) for row, at in zip(rows, positions, strict=True)]
         return found
@@ -176,7 +181,3 @@ class ModelDrafter(Drafter):
         best = best[np.argsort(-scores[best], kind="stable")]
         shares = softmax(logits)
         return [(int(token), float(shares[token])) for token in best if np.isfinite(scores[token])]
-
-
-def _never() -> bool:
-    return False

@@ -1,0 +1,154 @@
+"""A node as the drafter: drafts on the compute thread; a newer request makes it drop the older one between levels."""
+
+import asyncio
+import logging
+import time
+from typing import Any
+
+from backends.compute import ComputeThread
+from backends.control import (
+    TO_DRAFTER,
+    ConfigureDrafter,
+    DraftReply,
+    ExtendText,
+    FromDrafter,
+    Planted,
+    Ready,
+    StartText,
+    ToDrafter,
+    TraceReply,
+    TraceText,
+    pack,
+    unpack,
+)
+from backends.drafting.base import Drafter
+from backends.drafting.ngram import NgramDrafter
+from backends.drafting.planted import Draw, PlantedDrafter
+from backends.lease import Lease
+from pipesim.errors import BadInputError, InvariantError
+from pipesim.scheduling.commands import RequestDraft
+
+_log = logging.getLogger(__name__)
+
+
+class DrafterLease(Lease):
+    """The drafter of one head. What arrives on the draft stream is carried out in order."""
+
+    def __init__(self, order: ConfigureDrafter, compute: ComputeThread) -> None:
+        super().__init__(order.token, compute)
+        self._replies: asyncio.Queue[FromDrafter | None] = asyncio.Queue()
+        self._received = 0  # texts and orders: each makes the orders before it pointless
+        self._session = -1
+        self._order = order
+        self._drafter: Drafter | None = None
+        compute.submit(self._load, self.fail)
+
+    def _load(self) -> None:
+        start = time.monotonic()
+        if self._order.drafter != "planted":  # that one needs to know the text first
+            self._drafter = load_drafter(self._order)
+        _log.info("drafter %s loaded in %.1f s", self._order.drafter, time.monotonic() - start)
+        self.tell(Ready())
+
+    def receive(self, data: bytes) -> None:
+        """Takes one message of the draft stream. Raises FrameError for anything else."""
+        message = unpack(TO_DRAFTER, data)
+        if not isinstance(message, ExtendText):
+            self._received += 1
+        number = self._received
+        self.compute.submit(lambda: self._carry_out(message, number), self.fail)
+
+    async def answer(self, context: Any) -> None:
+        """Sends the replies, until :meth:`hang_up`."""
+        while (reply := await self._replies.get()) is not None:
+            await context.write(pack(reply))
+
+    def hang_up(self) -> None:
+        """The draft stream is over."""
+        self._replies.put_nowait(None)
+
+    def _carry_out(self, message: ToDrafter, number: int) -> None:
+        if self.closed or self.failed:
+            return
+        if isinstance(message, StartText | TraceText):
+            self._session = message.session
+            if message.planted:
+                self._drafter = plant(message.planted, message.sampling.seed, self._order.vocabulary)
+        if isinstance(message, StartText):
+            self._current().start(message.prompt, message.sampling)
+        elif isinstance(message, TraceText):
+            candidates = self._current().trace(message.tokens, message.sampling, lambda: self._abandoned(number))
+            if candidates is not None:
+                self.from_thread(self._replies.put_nowait, TraceReply(message.session, tuple(candidates)))
+        elif isinstance(message, ExtendText):
+            self._current().extend(message.tokens)
+        else:
+            self.from_thread(self._replies.put_nowait, self._draft(message.request, number))
+
+    def _current(self) -> Drafter:
+        if self._drafter is None:
+            raise InvariantError(f"the drafter {self._order.drafter} got work before it knew its text")
+        return self._drafter
+
+    def _abandoned(self, number: int) -> bool:
+        """Whether request ``number`` was overtaken; shows a sign of life."""
+        self.compute.checkpoint()
+        return self.closed or self._received > number
+
+    def _draft(self, request: RequestDraft, number: int) -> DraftReply:
+        def abandoned() -> bool:
+            return self._abandoned(number)
+
+        start = time.monotonic()
+        tree = None if abandoned() else self._current().draft(request, abandoned)
+        end = time.monotonic()
+        drafted = "abandoned" if tree is None else f"{len(tree.tokens)} tokens"
+        _log.debug("draft %d: %s, %.3f ms", request.request_id, drafted, 1e3 * (end - start))
+        return DraftReply(self._session, request.request_id, tree, start, end)
+
+
+def load_drafter(order: ConfigureDrafter) -> Drafter:
+    """The drafter that a head asks for, without text. Only drafters that are models need PyTorch.
+
+    Raises:
+        BadInputError: there is no such model, or it does not fit the target.
+    """
+    if order.drafter == "ngram":
+        return NgramDrafter()
+    import torch
+
+    from backends.drafting.layer_skip import LayerSkipDrafter
+    from backends.drafting.model import ModelDrafter
+    from backends.models.loading import open_model
+    from backends.models.stage_model import StageModel
+
+    dtype = getattr(torch, order.dtype)
+    source = open_model(order.model if order.drafter == "layer-skip" else order.drafter)
+    if order.drafter == "layer-skip":
+        return LayerSkipDrafter(source, order.max_context, order.skip_layers, dtype, order.threads)
+    config = source.config
+    if config.vocabulary != order.vocabulary:
+        raise BadInputError(
+            f"drafter {order.drafter}: its vocabulary has {config.vocabulary} tokens, the target's "
+            f"{order.vocabulary}: use a draft model of the same family"
+        )
+    max_context = min(order.max_context, config.max_context)
+    return ModelDrafter(StageModel(source, 0, config.layers, dtype, order.threads), max_context)
+
+
+def plant(planted: Planted, seed: int, vocabulary: int) -> PlantedDrafter:
+    """A drafter that is right and wrong at the very positions at which the simulation's is, given the same seed."""
+    return PlantedDrafter(planted.known_text, vocabulary, _simulated_draw(planted.acceptance, seed, vocabulary))
+
+
+def _simulated_draw(acceptance: dict[str, float | str], seed: int, vocabulary: int) -> Draw:
+    from pipesim.scenario import IidAcceptance  # only this drafter needs the scenario schema
+    from pipesim.simulation.acceptance import IidTruth
+
+    truth = IidTruth(IidAcceptance.model_validate(acceptance), seed, 0, vocabulary)
+
+    def draw(position: int) -> list[tuple[bool, float]]:
+        right = truth.next(position, 0)
+        return [(token == right, confidence) for token, confidence in truth.candidates(position, 0)]
+
+    return draw

@@ -1,0 +1,264 @@
+"""The gRPC executor: what the command line asks for, put together from the other modules."""
+
+import asyncio
+import contextlib
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from backends.cluster import ClusterPlan, DrafterPart, running_pipeline, stage_parts
+from backends.control import Planted
+from backends.head import Head
+from backends.models.config import ModelConfig
+from backends.models.loading import open_model
+from backends.nursery import configure_logging
+from backends.pipeline import Pipeline
+from backends.placement import split_layers
+from backends.probing import DraftCosts, Prober
+from backends.sampling import Sampling
+from backends.serve import serve
+from backends.tokenizer import ModelTokenizer, open_tokenizer
+from pipesim.errors import BadInputError
+from pipesim.executors import Measurement, Probe, Progress, RealResult
+from pipesim.metrics import compute_metrics
+from pipesim.recorder import Recorder
+from pipesim.scenario import IidAcceptance, Model, Scenario
+from pipesim.scheduling.events import GenerationStarted
+from pipesim.scheduling.policies.autoregressive import Autoregressive
+from pipesim.scheduling.scheduler import Scheduler
+from pipesim.scheduling.tree import Candidate
+from pipesim.trace import Trace
+
+OnText = Callable[[Progress], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A checked scenario: everything that can be wrong without starting a process is right."""
+
+    scenario: Scenario
+    model: str
+    config: ModelConfig
+    tokenizer: ModelTokenizer
+    started: GenerationStarted
+    sampling: Sampling
+
+    @property
+    def needs_drafter(self) -> bool:
+        return self.scenario.policy.build().limits.nodes > 0
+
+    @property
+    def is_planted(self) -> bool:
+        return self.needs_drafter and self.scenario.execution.drafter == "planted"
+
+    def cluster(self) -> ClusterPlan:
+        scenario, execution = self.scenario, self.scenario.execution
+        limit = len(self.started.prompt) + self.started.max_new_tokens
+        drafter = DrafterPart(execution.drafter, self.config.vocabulary, limit, execution.skip_layers)
+        return ClusterPlan(
+            model=self.model,
+            stages=stage_parts([plan.layers for plan in scenario.stages()], execution.hosts),
+            drafter=drafter if self.needs_drafter else None,
+            dtype=execution.dtype,
+            threads=execution.threads_per_stage,
+            startup_timeout_s=execution.startup_timeout_s,
+        )
+
+    def plain(self) -> Scheduler:
+        """A scheduler for plain decoding of the same text."""
+        cluster = self.scenario.cluster
+        return Scheduler(Autoregressive(), None, cluster.prefill_chunk, cluster.prefill_window)
+
+    def recorder(self, scheduler: Scheduler, events: TextIO | None = None) -> Recorder:
+        return Recorder(scheduler, self.scenario.seed, [plan.name for plan in self.scenario.stages()], events)
+
+    def planted(self, continuation: tuple[int, ...]) -> Planted | None:
+        """What a planted drafter must know, if the scenario asks for one."""
+        acceptance = self.scenario.acceptance
+        if not self.is_planted or not isinstance(acceptance, IidAcceptance):
+            return None
+        return Planted((*self.started.prompt, *continuation), acceptance.model_dump())
+
+
+class GrpcExecutor:
+    """Stages as processes over gRPC. Implements ``pipesim.executors.Executor``."""
+
+    def __init__(self) -> None:
+        configure_logging()
+
+    def describe(self, model: str, stages: int) -> tuple[Model, tuple[int, ...]]:
+        """The model's section of a scenario, and layers per stage, balanced by parameters.
+
+        Raises:
+            BadInputError: there is no such model, or it has fewer layers than stages.
+        """
+        config = open_model(model).config
+        section = Model(name=model, layers=config.layers, hidden=config.hidden, vocabulary=config.vocabulary)
+        return section, split_layers(config, stages)
+
+    def execute(self, scenario: Scenario, events: TextIO | None = None, on_text: OnText | None = None) -> RealResult:
+        """Generates for real. A planted drafter costs a plain generation before, so that it knows the text.
+
+        Raises:
+            BadInputError: the scenario does not fit the model, or a stage cannot be reached.
+            StageFailedError: a stage failed on the way.
+        """
+        return asyncio.run(_execute(_prepare(scenario), events, on_text))
+
+    def measure(self, scenario: Scenario, repeats: int, logs: Path) -> Measurement:
+        """One pipeline: probe, plain generation, then ``repeats`` generations as the scenario has it.
+
+        Raises:
+            BadInputError, StageFailedError: as :meth:`execute`.
+        """
+        return asyncio.run(_measure(_prepare(scenario), repeats, logs))
+
+    def serve_stage(self, listen: str) -> None:
+        """Serves heads at ``host:port``, one after another, until interrupted.
+
+        Raises:
+            BadInputError: the port is in use.
+        """
+        asyncio.run(serve(listen))
+
+
+def _prepare(scenario: Scenario) -> _Job:
+    """Checks the scenario against the model. Raises BadInputError naming the field."""
+    source = open_model(scenario.model.name)
+    config, workload = source.config, scenario.workload
+    for field, real in (("layers", config.layers), ("hidden", config.hidden), ("vocabulary", config.vocabulary)):
+        if getattr(scenario.model, field) != real:
+            raise BadInputError(
+                f"model.{field} = {getattr(scenario.model, field)}, but {scenario.model.name} has {real}: correct it"
+            )
+    if scenario.model.activation_bytes != 4:
+        raise BadInputError(
+            f"model.activation_bytes = {scenario.model.activation_bytes}: real stages exchange float32, 4 bytes"
+        )
+    if workload.prompt is None:
+        raise BadInputError("workload.prompt: a real run needs the prompt's text")
+    if scenario.execution.drafter == "planted" and not isinstance(scenario.acceptance, IidAcceptance):
+        raise BadInputError("acceptance: the planted drafter needs this section with kind: iid and a rate")
+    tokenizer = open_tokenizer(source)
+    prompt = _encode(tokenizer, workload.prompt, workload.chat)
+    if len(prompt) + workload.max_new_tokens > config.max_context:
+        raise BadInputError(
+            f"workload: {len(prompt)} prompt tokens and max_new_tokens = {workload.max_new_tokens} exceed the context "
+            f"of {config.max_context} tokens that {scenario.model.name} has: shorten the prompt or generate fewer"
+        )
+    stop = () if workload.ignore_eos else tokenizer.eos_ids
+    sampling = Sampling(workload.temperature, workload.top_k or 0, workload.top_p or 1.0, scenario.seed)
+    started = GenerationStarted(prompt, workload.max_new_tokens, stop)
+    return _Job(scenario, str(source.path.resolve()), config, tokenizer, started, sampling)
+
+
+def _encode(tokenizer: ModelTokenizer, prompt: str, chat: bool) -> tuple[int, ...]:
+    if not chat:
+        return tuple(tokenizer.encode(prompt))
+    try:
+        return tuple(tokenizer.encode_chat([{"role": "user", "content": prompt}]))
+    except BadInputError as error:
+        raise BadInputError(f"{error} (workload.chat: false, or generate --raw)") from error
+
+
+async def _execute(job: _Job, events: TextIO | None, on_text: OnText | None) -> RealResult:
+    async with running_pipeline(job.cluster()) as pipeline:
+        planted = None
+        if job.is_planted:
+            planted = job.planted((await _generate(job, pipeline, job.plain())).tokens)
+        return await _stream(job, pipeline, job.scenario.scheduler(), planted, events, on_text)
+
+
+async def _stream(
+    job: _Job,
+    pipeline: Pipeline,
+    scheduler: Scheduler,
+    planted: Planted | None,
+    events: TextIO | None,
+    on_text: OnText | None,
+) -> RealResult:
+    """One generation, its text shown as it comes."""
+    recorder = job.recorder(scheduler, events)
+    stream, pieces, count = job.tokenizer.stream(), list[str](), 0
+
+    def show(piece: str) -> None:
+        pieces.append(piece)
+        if on_text:
+            seen = scheduler.statistics
+            rate = seen.drafted_accepted / seen.drafted_verified if seen.drafted_verified else None
+            on_text(Progress(piece, count, rate))
+
+    def on_tokens(tokens: tuple[int, ...]) -> None:
+        nonlocal count
+        count += len(tokens)
+        show(stream.feed(tokens))
+
+    await Head(pipeline, recorder, on_tokens).generate(job.started, job.sampling, planted)
+    if rest := stream.finish():
+        show(rest)
+    return RealResult("".join(pieces), recorder.trace())
+
+
+async def _generate(job: _Job, pipeline: Pipeline, scheduler: Scheduler) -> Trace:
+    """A generation nobody watches, without drafts."""
+    recorder = job.recorder(scheduler)
+    await Head(pipeline, recorder, lambda _: None).generate(job.started, job.sampling)
+    return recorder.trace()
+
+
+async def _measure(job: _Job, repeats: int, logs: Path) -> Measurement:
+    runs: list[RealResult] = []
+    async with running_pipeline(job.cluster()) as pipeline:
+        probe, planted = await _probe(job, pipeline)
+        for number in range(repeats):
+            with _log(logs, number) as events:
+                runs.append(await _stream(job, pipeline, job.scenario.scheduler(), planted, events, None))
+    return Measurement(probe, tuple(runs))
+
+
+@contextlib.contextmanager
+def _log(logs: Path, number: int) -> Iterator[TextIO]:
+    with (logs / f"run-{number}.jsonl").open("w", encoding="utf-8") as stream:
+        yield stream
+
+
+async def _probe(job: _Job, pipeline: Pipeline) -> tuple[Probe, Planted | None]:
+    """Measures the costs, then the text by plain decoding, then what the drafter makes of it."""
+    prompt = job.started.prompt
+    prober = Prober(pipeline, prompt)
+    middle = len(prompt) + job.started.max_new_tokens // 2
+    costs = await prober.stage_costs(middle, job.scenario.cluster.prefill_chunk)
+    plain = await _generate(job, pipeline, job.plain())
+    planted = job.planted(plain.tokens)
+    drafting = DraftCosts(0.0, 0.0)
+    candidates: tuple[tuple[Candidate, ...], ...] = ((),) * len(plain.tokens)
+    if job.needs_drafter:
+        drafting = await prober.draft_costs(prompt, job.sampling, planted)
+        candidates = await prober.candidates(prompt, plain.tokens, job.sampling, planted)
+    probe = Probe(
+        rows_ms=costs.rows_ms,
+        prefill_row_ms=costs.prefill_row_ms,
+        link_ms=costs.link_ms,
+        head_ms=_head_overhead_ms(plain, costs.link_ms),
+        level_ms=drafting.level_ms,
+        draft_prefill_row_ms=drafting.prefill_row_ms,
+        prompt=prompt,
+        tokens=plain.tokens,
+        candidates=candidates,
+    )
+    return probe, planted
+
+
+def _head_overhead_ms(plain: Trace, link_ms: float) -> float:
+    """Of the gap between two plainly decoded tokens, what neither stages nor links account for."""
+    itl = compute_metrics(plain).itl_s
+    if itl is None:
+        return 0.0
+    computing = dict.fromkeys((run.run_id for run in plain.runs if run.rows == 1), 0.0)
+    for span in plain.spans:
+        if span.run_id in computing:
+            computing[span.run_id] += span.end_s - span.start_s
+    between = itl.p50 - statistics.median(computing.values())
+    return max(0.0, 1e3 * between - link_ms * (len(plain.stages) + 1))

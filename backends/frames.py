@@ -1,0 +1,291 @@
+"""The wire format: what stages send each other and the head over the ordered data streams.
+
+A frame is a fixed little-endian header, msgpack metadata, and raw activation bytes. Nothing in it is ever executed:
+every length and every value is checked before use, and whatever is wrong raises :class:`FrameError`.
+
+One ordered stream carries a whole session: ``OpenFrame``, then runs (dead ones as void frames: metadata only), then
+``ReleaseFrame``. Each frame travels through all stages and comes home from the last one, runs as ``ResultFrame``.
+"""
+
+import enum
+import struct
+from dataclasses import dataclass
+from typing import Annotated, NamedTuple, TypeVar
+
+import msgspec
+
+from backends.sampling import Sampling
+from pipesim.errors import BadInputError, PipesimError
+from pipesim.scheduling.runs import END, KvOperation, Run, RunKind, SequenceCopy, SequenceRemove
+
+MAGIC = b"PSIM"
+VERSION = 1
+TOKEN_BYTES = 16
+MAX_FRAME_BYTES = 64 * 2**20
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Data types that activations may have, with their size."""
+
+_HEADER = struct.Struct(f"<4sBB2x{TOKEN_BYTES}sQIQII")
+
+
+class FrameError(PipesimError):
+    """A frame that this version does not understand, or that contradicts itself."""
+
+
+class FrameKind(enum.IntEnum):
+    """The header field that says what the metadata is."""
+
+    OPEN = 1
+    RUN = 2
+    VOID = 3
+    RESULT = 4
+    RELEASE = 5
+
+
+class Session(NamedTuple):
+    """Whose frame it is: the head's secret token, the generation's number, and the pipeline's epoch."""
+
+    token: bytes
+    number: int
+    epoch: int
+
+
+class StageStamp(NamedTuple):
+    """What a stage writes on a run that passes: its clock in seconds, and the size of the frame that brought the run.
+
+    ``void``: the run was dead on arrival or called off between layers.
+    """
+
+    stage: int
+    start: float
+    end: float
+    void: bool
+    received_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Activation:
+    """Hidden states ``[rows, hidden]`` as raw little-endian bytes."""
+
+    dtype: str
+    shape: tuple[int, int]
+    data: bytes | memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class OpenFrame:
+    """Every stage prepares the session: so many KV cells, so many sequences, and how the last stage picks tokens."""
+
+    session: Session
+    kv_cells: int
+    sequences: int
+    sampling: Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class RunFrame:
+    """A run on its way; the first stage gets no activation, and a void one keeps only what the cell tables need."""
+
+    session: Session
+    run: Run
+    activation: Activation | None = None
+    void: bool = False
+    stamps: tuple[StageStamp, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ResultFrame:
+    """A run comes home: one predicted token per output row, ``None`` if it was void; and every stage's stamp."""
+
+    session: Session
+    run_id: int
+    predictions: tuple[int, ...] | None
+    stamps: tuple[StageStamp, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseFrame:
+    """The session is over: every stage forgets its cells."""
+
+    session: Session
+
+
+Frame = OpenFrame | RunFrame | ResultFrame | ReleaseFrame
+
+_Index = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
+_Stop = Annotated[int, msgspec.Meta(ge=0, le=END)]
+
+
+class _Copy(msgspec.Struct, array_like=True, tag="copy", forbid_unknown_fields=True):
+    source: _Index
+    targets: bytes
+    start: _Index
+    stop: _Stop
+
+
+class _Remove(msgspec.Struct, array_like=True, tag="remove", forbid_unknown_fields=True):
+    sequences: bytes
+    start: _Index
+    stop: _Stop
+
+
+class _OpenMetadata(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
+    kv_cells: Annotated[int, msgspec.Meta(ge=1, lt=2**31)]
+    sequences: Annotated[int, msgspec.Meta(ge=1, lt=2**20)]
+    sampling: Sampling
+
+
+class _RunMetadata(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
+    kind: RunKind
+    tokens: list[_Index]
+    positions: list[_Index]
+    sequences: list[bytes]
+    first_output_row: _Index
+    operations: list[_Copy | _Remove]
+    dtype: str
+    width: _Index
+    stamps: list[StageStamp]
+
+
+class _ResultMetadata(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
+    predictions: list[_Index] | None
+    stamps: list[StageStamp]
+
+
+_Metadata = TypeVar("_Metadata", _OpenMetadata, _RunMetadata, _ResultMetadata)
+_encoder = msgspec.msgpack.Encoder()
+_open_decoder = msgspec.msgpack.Decoder(_OpenMetadata)
+_run_decoder = msgspec.msgpack.Decoder(_RunMetadata)
+_result_decoder = msgspec.msgpack.Decoder(_ResultMetadata)
+
+
+def encode(frame: Frame) -> bytes:
+    """One frame as bytes. Raises FrameError if it would be longer than ``MAX_FRAME_BYTES``."""
+    run_id, metadata, payload = 0, b"", b""
+    match frame:
+        case OpenFrame(_, kv_cells, sequences, sampling):
+            kind = FrameKind.OPEN
+            metadata = _encoder.encode(_OpenMetadata(kv_cells, sequences, sampling))
+        case RunFrame():
+            kind = FrameKind.VOID if frame.void else FrameKind.RUN
+            run_id = frame.run.run_id
+            metadata = _encoder.encode(_run_metadata(frame))
+            payload = bytes(frame.activation.data) if frame.activation and not frame.void else b""
+        case ResultFrame(_, run_id, predictions, stamps):
+            kind = FrameKind.RESULT
+            known = None if predictions is None else list(predictions)
+            metadata = _encoder.encode(_ResultMetadata(known, list(stamps)))
+        case ReleaseFrame():
+            kind = FrameKind.RELEASE
+    token, number, epoch = frame.session
+    header = _HEADER.pack(MAGIC, VERSION, kind, token, number, epoch, run_id, len(metadata), len(payload))
+    if _HEADER.size + len(metadata) + len(payload) > MAX_FRAME_BYTES:
+        raise FrameError(
+            f"run {run_id} needs more than {MAX_FRAME_BYTES} bytes on the wire: use a smaller prefill chunk"
+        )
+    return b"".join((header, metadata, payload))
+
+
+def decode(data: bytes) -> Frame:
+    """The frame that ``data`` holds; an activation refers to ``data``'s memory.
+
+    Raises:
+        FrameError: it is no frame of this version, is cut off, or contradicts itself; the message says how.
+    """
+    if len(data) < _HEADER.size:
+        raise FrameError(f"{len(data)} bytes are no frame, the header alone has {_HEADER.size}")
+    magic, version, kind, token, number, epoch, run_id, metadata_bytes, payload_bytes = _HEADER.unpack_from(data)
+    if magic != MAGIC:
+        raise FrameError(f"not a pipesim frame, it begins with {magic!r}")
+    if version != VERSION:
+        raise FrameError(
+            f"frame version {version} is not supported, only {VERSION}: run one pipesim version everywhere"
+        )
+    if _HEADER.size + metadata_bytes + payload_bytes != len(data):
+        raise FrameError(f"the header promises {metadata_bytes} + {payload_bytes} bytes, the frame has {len(data)}")
+    session = Session(token, number, epoch)
+    view = memoryview(data)
+    metadata = view[_HEADER.size : _HEADER.size + metadata_bytes]
+    payload = view[_HEADER.size + metadata_bytes :]
+    if payload and kind != FrameKind.RUN:
+        raise FrameError(f"a frame of kind {kind} carries no activation, this one brings {len(payload)} bytes")
+    try:
+        if kind in (FrameKind.RUN, FrameKind.VOID):
+            return _run_frame(session, run_id, kind == FrameKind.VOID, _run_decoder.decode(metadata), payload)
+        if kind == FrameKind.RESULT:
+            result = _result_decoder.decode(metadata)
+            known = None if result.predictions is None else tuple(result.predictions)
+            return ResultFrame(session, run_id, known, tuple(result.stamps))
+        if kind == FrameKind.OPEN:
+            opened = _open_decoder.decode(metadata)
+            return OpenFrame(session, opened.kv_cells, opened.sequences, opened.sampling)
+    except (msgspec.DecodeError, BadInputError, ValueError) as error:
+        raise FrameError(f"bad metadata in a frame of kind {kind}, run {run_id}: {error}") from error
+    if kind == FrameKind.RELEASE and not metadata:
+        return ReleaseFrame(session)
+    raise FrameError(f"frame kind {kind} is unknown or has {len(metadata)} bytes of metadata too many")
+
+
+def peek_token(data: bytes) -> bytes:
+    """The token of an encoded frame."""
+    token: bytes = _HEADER.unpack_from(data)[3]
+    return token
+
+
+def _set_bytes(sequences: int) -> bytes:
+    return sequences.to_bytes((sequences.bit_length() + 7) // 8, "little")
+
+
+def _set_from(data: bytes) -> int:
+    return int.from_bytes(data, "little")
+
+
+def _run_metadata(frame: RunFrame) -> _RunMetadata:
+    run, activation = frame.run, None if frame.void else frame.activation
+    return _RunMetadata(
+        kind=run.kind,
+        tokens=list(run.tokens),
+        positions=list(run.positions),
+        sequences=[_set_bytes(held_by) for held_by in run.sequences],
+        first_output_row=run.first_output_row,
+        operations=[_encode_operation(operation) for operation in run.kv_operations],
+        dtype=activation.dtype if activation else "",
+        width=activation.shape[1] if activation else 0,
+        stamps=list(frame.stamps),
+    )
+
+
+def _encode_operation(operation: KvOperation) -> _Copy | _Remove:
+    if isinstance(operation, SequenceCopy):
+        return _Copy(operation.source, _set_bytes(operation.targets), operation.start, operation.stop)
+    return _Remove(_set_bytes(operation.sequences), operation.start, operation.stop)
+
+
+def _decode_operation(operation: _Copy | _Remove) -> KvOperation:
+    if isinstance(operation, _Copy):
+        return SequenceCopy(operation.source, _set_from(operation.targets), operation.start, operation.stop)
+    return SequenceRemove(_set_from(operation.sequences), operation.start, operation.stop)
+
+
+def _run_frame(session: Session, run_id: int, void: bool, metadata: _RunMetadata, payload: memoryview) -> RunFrame:
+    run = Run(
+        run_id=run_id,
+        epoch=session.epoch,
+        kind=metadata.kind,
+        tokens=tuple(metadata.tokens),
+        positions=tuple(metadata.positions),
+        sequences=tuple(_set_from(held_by) for held_by in metadata.sequences),
+        first_output_row=metadata.first_output_row,
+        kv_operations=tuple(_decode_operation(operation) for operation in metadata.operations),
+    )
+    activation = None
+    if metadata.dtype or metadata.width or payload:
+        if metadata.dtype not in ITEM_BYTES:
+            raise FrameError(f"run {run_id}: dtype {metadata.dtype!r} is none of {', '.join(ITEM_BYTES)}")
+        expected = run.rows * metadata.width * ITEM_BYTES[metadata.dtype]
+        if not expected or expected != len(payload):
+            raise FrameError(
+                f"run {run_id}: {run.rows} x {metadata.width} {metadata.dtype} are {expected} bytes, not {len(payload)}"
+            )
+        activation = Activation(metadata.dtype, (run.rows, metadata.width), payload)
+    return RunFrame(session, run, activation, void, tuple(metadata.stamps))

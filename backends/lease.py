@@ -1,0 +1,195 @@
+"""A node in the service of one head: from the head's first control message until its control stream ends."""
+
+import asyncio
+import contextlib
+import hmac
+import logging
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import grpc
+import grpc.aio
+
+from backends.compute import ComputeThread
+from backends.control import (
+    Beat,
+    Cancel,
+    ConfigureStage,
+    Connect,
+    Connected,
+    Failed,
+    FromNode,
+    Heartbeat,
+    LinkLost,
+    Ready,
+    ToNode,
+)
+from backends.frames import Frame, FrameError, encode
+from backends.transport import DATA, describe_rpc_error, open_channel, path
+from pipesim.errors import BadInputError, PipesimError
+
+if TYPE_CHECKING:
+    from backends.stage_worker import Layers, StageWorker
+
+_log = logging.getLogger(__name__)
+_CONNECT_S = 10.0
+
+LoadLayers = Callable[[ConfigureStage], "Layers"]
+
+
+class Lease:
+    """What stages and drafters have in common: the token, the way back to the head, heartbeats, failure.
+
+    ``to_head`` is sent on the control stream by the server, up to a None. Methods belong to the event loop unless
+    they say otherwise.
+    """
+
+    def __init__(self, token: bytes, compute: ComputeThread) -> None:
+        self.to_head: asyncio.Queue[FromNode | None] = asyncio.Queue()
+        self.failed = False
+        self.closed = False
+        self.compute = compute
+        self._token = token
+        self._loop = asyncio.get_running_loop()
+
+    def admits(self, token: bytes) -> bool:
+        """Whether the sender was sent by our head."""
+        return hmac.compare_digest(token, self._token)
+
+    def tell(self, message: FromNode) -> None:
+        """Sends ``message`` to the head. From any thread."""
+        self.from_thread(self.to_head.put_nowait, message)
+
+    def from_thread(self, function: Callable[..., None], *arguments: object) -> None:
+        """Calls ``function`` on the event loop. From any thread."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the process is on its way out
+            self._loop.call_soon_threadsafe(function, *arguments)
+
+    def fail(self, error: Exception) -> None:
+        """Reports the error that ends the service. From any thread."""
+        if self.closed or self.failed:
+            return
+        self.failed = True
+        if not isinstance(error, PipesimError):
+            _log.error("unexpected %s", type(error).__name__, exc_info=error)
+        message = str(error) if isinstance(error, PipesimError) else f"{type(error).__name__}: {error}"
+        self.tell(Failed(message, isinstance(error, BadInputError)))
+
+    def handle(self, message: ToNode) -> None:
+        """Takes one message of the head. Raises FrameError for one that makes no sense here."""
+        if not isinstance(message, Heartbeat):
+            raise FrameError(f"a {type(message).__name__} message is out of place here")
+        number = message.number
+        self.compute.call(lambda: self.tell(Beat(number, time.monotonic(), self.last_run)))
+
+    @property
+    def last_run(self) -> int:
+        """The last run that was handled, -1 if none was."""
+        return -1
+
+    def close(self) -> None:
+        """The head has left."""
+        self.closed = True
+        self.to_head.put_nowait(None)
+
+
+class StageLease(Lease):
+    """A stage of a pipeline. ``outgoing`` holds encoded frames for the successor or, on the last stage, the head.
+
+    A None in ``outgoing`` ends the stream.
+    """
+
+    def __init__(self, order: ConfigureStage, compute: ComputeThread, load: LoadLayers) -> None:
+        super().__init__(order.token, compute)
+        self.outgoing: asyncio.Queue[bytes | None] = asyncio.Queue()
+        self.has_predecessor = False
+        self._stage = order.stage
+        self._worker: StageWorker | None = None
+        self._link: asyncio.Task[None] | None = None
+        compute.submit(lambda: self._load(order, load), self.fail)
+
+    @property
+    def last_run(self) -> int:
+        """The last run that was handled, -1 if none was."""
+        return self._worker.last_run if self._worker else -1
+
+    def _load(self, order: ConfigureStage, load: LoadLayers) -> None:
+        from backends.stage_worker import StageWorker  # PyTorch is imported here, on the compute thread
+
+        start = time.monotonic()
+        layers = load(order)
+        self._worker = StageWorker(order.stage, layers, self.compute.checkpoint)
+        _log.info(
+            "stage %d: layers [%d, %d) of %s loaded in %.1f s",
+            *(order.stage, order.first_layer, order.last_layer, order.model, time.monotonic() - start),
+        )
+        self.tell(Ready())
+
+    def handle(self, message: ToNode) -> None:
+        """Takes one message of the head."""
+        match message:
+            case Cancel(session, epoch, run_ids) if self._worker:
+                self._worker.cancel(session, epoch, run_ids)
+            case Connect(successor) if self._worker and not self._link:
+                self._link = asyncio.create_task(self._serve_link(successor))
+            case _:
+                super().handle(message)
+
+    def receive(self, frame: Frame, received_bytes: int) -> None:
+        """Queues one frame from the predecessor."""
+        self.compute.submit(lambda: self._compute(frame, received_bytes), self.fail)
+
+    def _compute(self, frame: Frame, received_bytes: int) -> None:
+        if self.failed or self.closed:
+            return
+        if self._worker is None:
+            raise FrameError(f"stage {self._stage} got a frame before it was ready")
+        self.from_thread(self.outgoing.put_nowait, encode(self._worker.handle(frame, received_bytes)))
+
+    def link_lost(self, neighbour: int, reason: str) -> None:
+        """A data stream broke; the head finds out whose fault it is."""
+        if not self.closed:
+            _log.info("stage %d: the link with stage %d broke: %s", self._stage, neighbour, reason)
+            self.tell(LinkLost(neighbour, reason))
+
+    def predecessor_left(self, reason: str) -> None:
+        """The stream that brought our frames ended."""
+        self.has_predecessor = False
+        self.link_lost(self._stage - 1, reason)
+
+    async def _serve_link(self, successor: str | None) -> None:
+        if successor is None:
+            self.tell(Connected())
+            return
+        async with open_channel(successor) as channel:
+            call = channel.stream_stream(path(DATA))()
+            try:
+                await asyncio.wait_for(call.wait_for_connection(), _CONNECT_S)
+                self.tell(Connected())
+                ended = asyncio.create_task(call.code())
+                sending = asyncio.create_task(self._send(call))
+                await asyncio.wait((ended, sending), return_when=asyncio.FIRST_COMPLETED)
+                sending.cancel()
+                code = await call.code()
+                self.link_lost(self._stage + 1, f"{code.name}: {await call.details()}")
+            except TimeoutError:
+                self.link_lost(self._stage + 1, f"{successor} does not answer")
+            except grpc.RpcError as error:
+                self.link_lost(self._stage + 1, describe_rpc_error(error))
+
+    async def _send(self, call: "grpc.aio.StreamStreamCall") -> None:
+        while (data := await self.outgoing.get()) is not None:
+            await call.write(data)
+
+    def close(self) -> None:
+        """The head has left: stop computing at the next layer, close the sessions, hang up."""
+        if self.closed:
+            return
+        super().close()
+        if self._worker:
+            self._worker.abandon()
+            self.compute.submit(self._worker.close, self.fail)
+        if self._link:
+            self._link.cancel()
+        self.outgoing.put_nowait(None)

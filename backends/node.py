@@ -1,0 +1,198 @@
+"""The head's end of a node's control stream: configuration, heartbeats, the node's clock, and the news of its end."""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+
+import grpc
+import grpc.aio
+
+from backends.control import (
+    FROM_NODE,
+    Beat,
+    ConfigureDrafter,
+    ConfigureStage,
+    Connect,
+    Failed,
+    Heartbeat,
+    LinkLost,
+    ToNode,
+    pack,
+    unpack,
+)
+from backends.frames import FrameError
+from backends.processes import NodeProcess
+from backends.transport import CONTROL, describe_rpc_error, open_channel, path
+from pipesim.errors import BadInputError, PipesimError, StageFailedError
+
+_log = logging.getLogger(__name__)
+HEARTBEAT_S = 0.5
+MISSED_BEATS = 5
+"""So many heartbeats in a row without an answer, and the node counts as hung (2.5 s)."""
+_CLOCK_SAMPLES = 8
+_CONNECT_S = 5.0
+
+LinkLostHandler = Callable[["Node", int, str], None]
+
+
+class Node:
+    """A stage or the drafter, as the head sees it.
+
+    ``on_failure`` hears once when the node is dead, hung or says that it failed; ``on_link_lost`` when it lost a
+    neighbour. ``name`` is for people: part, address, layers. ``clock_offset`` is the node's clock minus ours, in
+    seconds, by the fastest heartbeat so far; ``last_run`` is the last run that it is known to have handled. ``process``
+    is None for a node that somebody else started.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        address: str,
+        process: NodeProcess | None,
+        on_failure: Callable[["Node", PipesimError], None],
+        on_link_lost: LinkLostHandler,
+    ) -> None:
+        self.name = name
+        self.address = address
+        self.channel = open_channel(address)
+        self.clock_offset = 0.0
+        self.last_run = -1
+        self.failure: PipesimError | None = None
+        self.process = process
+        self._on_failure, self._on_link_lost = on_failure, on_link_lost
+        self._outbox: asyncio.Queue[bytes] = asyncio.Queue()
+        self._call: grpc.aio.StreamStreamCall | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._reply: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._beats: dict[int, float] = {}  # unanswered heartbeat -> when it was sent
+        self._best_round_trip = float("inf")
+        self._beaten = asyncio.Event()
+
+    def send(self, message: ToNode) -> int:
+        """Sends a message, after those before it; returns its size in bytes."""
+        data = pack(message)
+        self._outbox.put_nowait(data)
+        return len(data)
+
+    async def configure(self, order: ConfigureStage | ConfigureDrafter) -> None:
+        """Connects, and returns when the node has loaded what it was told to.
+
+        Raises:
+            BadInputError: nobody answers there, it serves another head, or it cannot load what the user wants.
+            StageFailedError: it failed.
+        """
+        try:
+            await asyncio.wait_for(self.channel.channel_ready(), _CONNECT_S)
+        except TimeoutError:
+            await self._give_up()
+        self._call = self.channel.stream_stream(path(CONTROL))()
+        self._tasks = [asyncio.create_task(self._write(self._call)), asyncio.create_task(self._read(self._call))]
+        await self._ask(order)
+
+    async def _give_up(self) -> None:
+        if self.process:
+            raise StageFailedError(f"{self.name} does not answer, it {self.process.fate}")
+        raise BadInputError(
+            f"{self.name} does not answer: start it with `pipesim stage --listen {self.address}`, or fix the address"
+        )
+
+    async def connect(self, successor: str | None) -> None:
+        """Makes a stage open its data stream to ``successor`` (None: it is the last)."""
+        await self._ask(Connect(successor))
+
+    async def _ask(self, message: ToNode) -> None:
+        self._reply = asyncio.get_running_loop().create_future()
+        self.send(message)
+        await self._reply
+
+    async def watch(self) -> None:
+        """Measures the node's clock, then goes on with heartbeats."""
+        for number in range(_CLOCK_SAMPLES):
+            self._beaten.clear()
+            self._beat(number)
+            await asyncio.wait_for(self._beaten.wait(), HEARTBEAT_S * MISSED_BEATS)
+        self._tasks.append(asyncio.create_task(self._keep_beating()))
+
+    def _beat(self, number: int) -> None:
+        self._beats[number] = time.monotonic()
+        self.send(Heartbeat(number))
+
+    async def _keep_beating(self) -> None:
+        # Unanswered beats are counted, not timed: if we are suspended, nobody else is to blame.
+        number = _CLOCK_SAMPLES
+        while len(self._beats) < MISSED_BEATS:
+            self._beat(number)
+            number += 1
+            await asyncio.sleep(HEARTBEAT_S)
+        self.fail(f"has not answered {MISSED_BEATS} heartbeats, {HEARTBEAT_S * MISSED_BEATS} s: it hangs")
+
+    def _hear_beat(self, beat: Beat) -> None:
+        now, sent = time.monotonic(), self._beats.get(beat.number)
+        if sent is None:
+            raise FrameError(f"{self.name} answered heartbeat {beat.number}, which was not open")
+        for number in [number for number in self._beats if number <= beat.number]:
+            del self._beats[number]
+        self.last_run = max(self.last_run, beat.last_run)
+        if now - sent < self._best_round_trip:
+            self._best_round_trip = now - sent
+            self.clock_offset = beat.clock - (now + sent) / 2
+        self._beaten.set()
+
+    async def _write(self, call: "grpc.aio.StreamStreamCall") -> None:
+        with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):  # the reader hears why it broke
+            while True:
+                await call.write(await self._outbox.get())
+
+    async def _read(self, call: "grpc.aio.StreamStreamCall") -> None:
+        try:
+            while (data := await call.read()) is not grpc.aio.EOF:
+                match unpack(FROM_NODE, data):
+                    case Beat() as beat:
+                        self._hear_beat(beat)
+                    case Failed(message, bad_input):
+                        self._failed(BadInputError(message) if bad_input else self._as_error(f"failed: {message}"))
+                    case LinkLost(neighbour, reason):
+                        self._on_link_lost(self, neighbour, reason)
+                    case _ if not self._reply.done():
+                        self._reply.set_result(None)
+            self.fail("has hung up")
+        except FrameError as error:
+            self.fail(f"talks nonsense: {error}")
+        except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
+                self._failed(BadInputError(f"{self.name} is not free: {error.details()}"))
+                return
+            if self.process and await self.process.ended(within_s=0.5):
+                self.fail(f"is dead, its process {self.process.fate}")
+            else:
+                self.fail(f"is gone ({describe_rpc_error(error)})")
+
+    def fail(self, what: str) -> None:
+        """Declares the node lost: ``what`` completes the sentence that begins with its name."""
+        self._failed(self._as_error(what))
+
+    def _as_error(self, what: str) -> StageFailedError:
+        last = "it had handled no frame" if self.last_run < 0 else f"the last frame it handled: run {self.last_run}"
+        return StageFailedError(f"{self.name} {what}; {last}")
+
+    def _failed(self, error: PipesimError) -> None:
+        if self.failure:
+            return
+        self.failure = error
+        _log.debug("%s", error)
+        if not self._reply.done():
+            self._reply.set_exception(error)
+        self._on_failure(self, error)
+
+    async def close(self) -> None:
+        """Gives the node back, or ends its process if it is ours."""
+        self.failure = self.failure or StageFailedError(f"{self.name} was closed")
+        for task in self._tasks:
+            task.cancel()
+        self._reply.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._call:
+            self._call.cancel()
+        await self.channel.close()

@@ -1,0 +1,171 @@
+"""What a stage does with the frames that reach it. Runs on the compute thread; knows nothing of gRPC."""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+
+from backends.control import ConfigureStage
+from backends.frames import (
+    Activation,
+    Frame,
+    FrameError,
+    OpenFrame,
+    ReleaseFrame,
+    ResultFrame,
+    RunFrame,
+    Session,
+    StageStamp,
+)
+from backends.models.loading import open_model
+from backends.models.stage_model import StageModel
+from backends.sampling import Sampling
+from pipesim.errors import BadInputError
+from pipesim.scheduling.runs import Run
+
+_log = logging.getLogger(__name__)
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Layers(Protocol):
+    """The part of ``StageModel`` that a worker uses."""
+
+    @property
+    def is_last(self) -> bool:
+        """Whether it predicts tokens."""
+
+    def open_session(self, session: int, kv_cells: int, sequences: int, sampling: Sampling) -> None:
+        """As ``StageModel``."""
+
+    def close_session(self, session: int) -> None:
+        """As ``StageModel``."""
+
+    def admit(self, session: int, run: Run) -> list[int]:
+        """As ``StageModel``."""
+
+    def forward(
+        self,
+        session: int,
+        run: Run,
+        hidden: torch.Tensor | None,
+        cells: Sequence[int],
+        should_stop: Callable[[], bool],
+    ) -> torch.Tensor | list[int] | None:
+        """As ``StageModel``."""
+
+
+def load_layers(order: ConfigureStage) -> StageModel:
+    """Reads the layers that a stage was told to serve. Raises BadInputError if the model has none such."""
+    if order.dtype not in _DTYPES:
+        raise BadInputError(f"dtype {order.dtype!r} is none of {', '.join(_DTYPES)}")
+    return StageModel(
+        open_model(order.model), order.first_layer, order.last_layer, dtype=_DTYPES[order.dtype], threads=order.threads
+    )
+
+
+class StageWorker:
+    """Turns each arriving frame into the frame that leaves.
+
+    ``checkpoint`` is called between layers. All methods but :meth:`cancel` and :meth:`abandon` belong to the compute
+    thread.
+    """
+
+    def __init__(self, stage: int, layers: Layers, checkpoint: Callable[[], None]) -> None:
+        self.last_run = -1
+        self._stage = stage
+        self._layers = layers
+        self._checkpoint = checkpoint
+        self._open: dict[int, Session] = {}
+        self._cancelled: set[tuple[int, int, int]] = set()  # (session number, epoch, run id)
+        self._abandoned = False
+
+    def cancel(self, session: int, epoch: int, run_ids: Sequence[int]) -> None:
+        """Declares runs dead, whether they have arrived yet or not. From any thread."""
+        self._cancelled.update((session, epoch, run_id) for run_id in run_ids)
+
+    def abandon(self) -> None:
+        """Nobody waits for any run any more. From any thread."""
+        self._abandoned = True
+
+    def close(self) -> None:
+        """Closes what sessions are left, so that the layers can serve another head."""
+        for number in self._open:
+            self._layers.close_session(number)
+        self._open.clear()
+
+    def handle(self, frame: Frame, received_bytes: int) -> Frame:
+        """Carries out one frame and returns what goes on to the successor, or home from the last stage.
+
+        Raises:
+            FrameError: the frame does not fit what came before it (I2).
+            PipesimError: the layers refuse it.
+        """
+        match frame:
+            case OpenFrame(session, kv_cells, sequences, sampling):
+                if session.number in self._open:  # a new epoch begins with empty cells
+                    self._close(session.number)
+                self._layers.open_session(session.number, kv_cells, sequences, sampling)
+                self._open[session.number] = session
+                self.last_run = -1
+                return frame
+            case ReleaseFrame(session):
+                self._expect(session)
+                self._close(session.number)
+                return frame
+            case RunFrame():
+                return self._run(frame, received_bytes)
+            case ResultFrame():
+                raise FrameError(f"run {frame.run_id}: a result came down the pipeline, only runs may")
+
+    def _close(self, number: int) -> None:
+        self._layers.close_session(number)
+        del self._open[number]
+        self._cancelled = {dead for dead in self._cancelled if dead[0] != number}
+
+    def _expect(self, session: Session) -> None:
+        if self._open.get(session.number) != session:
+            raise FrameError(f"session {session.number} epoch {session.epoch} is not open on stage {self._stage}")
+
+    def _run(self, frame: RunFrame, received_bytes: int) -> Frame:
+        start = time.monotonic()
+        run, session = frame.run, frame.session
+        self._expect(session)
+        if run.run_id <= self.last_run:
+            raise FrameError(f"run {run.run_id} reached stage {self._stage} after run {self.last_run} (I2)")
+        self.last_run = run.run_id
+        key = (session.number, session.epoch, run.run_id)
+
+        def should_stop() -> bool:
+            self._checkpoint()
+            return self._abandoned or key in self._cancelled
+
+        cells = self._layers.admit(session.number, run)
+        output = None
+        if not frame.void and not should_stop():
+            hidden = _to_tensor(frame.activation) if frame.activation else None
+            output = self._layers.forward(session.number, run, hidden, cells, should_stop)
+        self._cancelled.discard(key)
+        end = time.monotonic()
+        void = output is None
+        stamps = (*frame.stamps, StageStamp(self._stage, start, end, void, received_bytes))
+        _log.debug("run %d: %d rows, void=%s, %.3f ms", run.run_id, run.rows, void, 1e3 * (end - start))
+        if self._layers.is_last:
+            if isinstance(output, torch.Tensor):
+                raise FrameError(f"run {run.run_id}: the last stage computed activations instead of tokens")
+            return ResultFrame(session, run.run_id, None if output is None else tuple(output), stamps)
+        activation = _from_tensor(output) if isinstance(output, torch.Tensor) else None
+        return RunFrame(session, run, activation, void, stamps)
+
+
+def _to_tensor(activation: Activation) -> torch.Tensor:
+    """Hidden states ``[rows, hidden]`` in memory of their own."""
+    dtype = getattr(torch, activation.dtype)
+    return torch.frombuffer(bytearray(activation.data), dtype=dtype).view(activation.shape)
+
+
+def _from_tensor(hidden: torch.Tensor) -> Activation:
+    rows, width = hidden.shape
+    data = hidden.contiguous().view(torch.uint8).numpy().tobytes()
+    return Activation(str(hidden.dtype).removeprefix("torch."), (rows, width), data)

@@ -1,0 +1,264 @@
+"""The commands that run a model for real: generate, execute, stage, compare."""
+
+import contextlib
+import dataclasses
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from pipesim.cli.common import (
+    EventsOption,
+    JsonOption,
+    PlotOption,
+    ScenarioArgument,
+    SeedOption,
+    SetOption,
+    TraceOption,
+    app,
+    diagnostic,
+    load,
+    report,
+    result,
+    writing,
+)
+from pipesim.cli.streaming import TextScreen
+from pipesim.errors import BadInputError, InvariantError
+from pipesim.event_log import replay
+from pipesim.executors import RealResult, find_executor
+from pipesim.metrics import compute_metrics
+from pipesim.perfetto import write_perfetto
+from pipesim.scenario import Scenario
+from pipesim.scenario_file import apply_overrides, build_scenario
+from pipesim.trace import Trace
+
+if TYPE_CHECKING:
+    from pipesim.comparison import Figure
+
+_INTERRUPTED = 130
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C ends a command with the status that shells expect; executors have cleaned up by then."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        diagnostic("interrupted")
+        raise typer.Exit(_INTERRUPTED) from None
+
+
+@app.command("generate")
+def generate_command(
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to answer, or with --raw to continue.")],
+    model: Annotated[str, typer.Option(help="smollm2-135m, a .gguf file, or a folder with safetensors.")] = (
+        "smollm2-135m"
+    ),
+    stages: Annotated[int | None, typer.Option(help="Start so many stage processes here.  [default: 2]")] = None,
+    cluster: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="YAML list of running stages, HOST:PORT each, in order.")
+    ] = None,
+    policy: Annotated[str, typer.Option(help="autoregressive, speculative, pipeinfer, or an installed one.")] = (
+        "pipeinfer"
+    ),
+    drafter: Annotated[str, typer.Option(help="ngram, layer-skip, planted, or a draft model: name or path.")] = "ngram",
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0: the most probable token.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Sample among so many tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample among the tokens of this probability.")] = None,
+    seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without chat template.")] = False,
+    overrides: SetOption = None,
+    events: EventsOption = None,
+    trace: TraceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Generate text on a real pipeline, shown as it is committed. Its text never depends on policy and stages.
+
+    The planted drafter replays known text and errs as often as acceptance.rate says (0.8): it needs a plain
+    generation first.
+
+    Example: pipesim generate "Count from one to twenty." --stages 2 --policy pipeinfer --max-new-tokens 64
+    """
+    executor = find_executor()
+    hosts = None if cluster is None else _hosts(cluster)
+    if hosts is not None and stages not in (None, len(hosts)):
+        raise BadInputError(f"--stages {stages}: {cluster} lists {len(hosts)} stages, leave --stages out")
+    described, layers = executor.describe(model, len(hosts) if hosts else 2 if stages is None else stages)
+    description: dict[str, Any] = {
+        "model": described.model_dump(),
+        # costs are for simulation: nobody reads them here
+        "cluster": {
+            "stages": [{"layers": count, "cost": {"kind": "linear", "constant_ms": 1}} for count in layers],
+            "drafter": {"level_ms": 0},
+        },
+        "workload": {
+            "prompt": prompt,
+            "max_new_tokens": max_new_tokens,
+            "chat": not raw,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+        },
+        "policy": {"name": policy},
+        "execution": {"drafter": drafter, "dtype": dtype, "hosts": hosts},
+        "seed": seed,
+    }
+    if drafter == "planted":
+        description["acceptance"] = {"kind": "iid", "rate": 0.8}
+    apply_overrides(description, overrides or ())
+    scenario = build_scenario(description, "generate")
+    with _interruptible(), writing(events) as log:
+        if as_json:
+            outcome = executor.execute(scenario, log)
+        else:
+            with TextScreen.open() as screen:
+                outcome = executor.execute(scenario, log, screen.show)
+            print()
+    _report_generation(outcome, as_json, trace)
+
+
+def _hosts(path: Path) -> list[str]:
+    """The addresses in a cluster file. Raises BadInputError."""
+    try:
+        listed = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
+        raise BadInputError(f"--cluster {path}: cannot be read as YAML ({problem})") from None
+    if isinstance(listed, dict) and listed.keys() in ({"stages"}, {"hosts"}):
+        (listed,) = listed.values()
+    if not isinstance(listed, list) or not listed or not all(isinstance(host, str) for host in listed):
+        raise BadInputError(f"--cluster {path}: a YAML list of HOST:PORT is needed, one for each stage")
+    return listed
+
+
+def _report_generation(outcome: RealResult, as_json: bool, trace_file: Path | None) -> None:
+    """Figures for people on stderr: stdout holds the text alone, or the JSON object alone."""
+    metrics = compute_metrics(outcome.trace)
+    with writing(trace_file) as stream:
+        if stream:
+            write_perfetto(outcome.trace, stream)
+    if as_json:
+        print(json.dumps(result(outcome.trace, metrics, outcome.text)))
+    elif sys.stderr.isatty():
+        speed = "" if metrics.tokens_per_second is None else f", {metrics.tokens_per_second:.1f} tokens/s"
+        rate = "" if metrics.acceptance_rate is None else f", {metrics.acceptance_rate:.0%} of drafted tokens accepted"
+        diagnostic(f"{len(outcome.trace.tokens)} tokens{speed}{rate}")
+    if not outcome.trace.complete:
+        diagnostic(f"error: the generation ended early, after {len(outcome.trace.tokens)} tokens")
+        raise typer.Exit(1)
+
+
+@app.command("execute")
+def execute_command(
+    scenario: ScenarioArgument,
+    overrides: SetOption = None,
+    seed: SeedOption = None,
+    as_json: JsonOption = False,
+    trace: TraceOption = None,
+    plot: PlotOption = None,
+    events: EventsOption = None,
+) -> None:
+    """Run a scenario for real: its stages are processes over gRPC, its text is a model's.
+
+    Costs, links, devices and acceptance of the file belong to the simulation and are not emulated.
+
+    Example: pipesim execute scenarios/demo.yaml --set policy.name=autoregressive --plot out.png
+    """
+    loaded = load(scenario, overrides, seed)
+    executor = find_executor()
+    with _interruptible(), writing(events) as log:
+        if as_json:
+            outcome = executor.execute(loaded, log)
+        else:
+            with TextScreen.open() as screen:
+                outcome = executor.execute(loaded, log, screen.show)
+            print()
+    report(outcome.trace, as_json=as_json, trace_file=trace, plot_file=plot, text=outcome.text)
+
+
+@app.command("stage")
+def stage_command(
+    listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where to listen; port 0 takes a free one.")],
+) -> None:
+    """Serve one stage of a pipeline, for heads on other machines; a head says which layers of which model.
+
+    The first line on stdout is JSON and names the address. Serves one head at a time, one after another. There is no
+    encryption: use it in networks that you trust.
+
+    Example: pipesim stage --listen 0.0.0.0:50051
+    """
+    with _interruptible():
+        find_executor().serve_stage(listen)
+
+
+@app.command("compare")
+def compare_command(
+    scenario: ScenarioArgument,
+    repeats: Annotated[int, typer.Option(min=1, help="Real runs to compare with.")] = 3,
+    overrides: SetOption = None,
+    seed: SeedOption = None,
+    as_json: JsonOption = False,
+    plot_file: PlotOption = None,
+) -> None:
+    """Hold the simulator against reality: probe costs on a real pipeline, predict, run for real, show both.
+
+    The prediction never sees the runs it is compared with. Every real run must give plain decoding's text, and its
+    event log must replay exactly.
+
+    Example: pipesim compare scenarios/demo.yaml --repeats 5 --plot both.png
+    """
+    from pipesim.comparison import compare, predict  # the simulation: other commands need not wait for it to load
+
+    loaded = load(scenario, overrides, seed)
+    executor = find_executor()
+    with _interruptible(), tempfile.TemporaryDirectory() as folder:
+        measurement = executor.measure(loaded, repeats, Path(folder))
+        for log in sorted(Path(folder).iterdir()):
+            if difference := replay(log):
+                raise InvariantError(f"{log.name} does not replay (I9): {difference}")
+    predicted = predict(loaded, measurement.probe)
+    traces = [run.trace for run in measurement.runs]
+    figures = compare(predicted, traces, measurement.probe.tokens)
+    if plot_file:
+        _plot_pair(predicted, traces[0], plot_file)
+    if as_json:
+        print(json.dumps({"metrics": {name: dataclasses.asdict(figure) for name, figure in figures.items()}}))
+        return
+    Console().print(_comparison_table(loaded, figures, repeats))
+    probe = measurement.probe
+    rows = ", ".join(str(rows) for rows in probe.rows_ms[0])
+    print(
+        f"Costs: medians of prefill and of runs of {rows} rows, probed one at a time on the idle pipeline before the "
+        f"compared runs; a hop takes {probe.link_ms:.2f} ms, the head {probe.head_ms:.2f} ms per event, one level of a "
+        f"draft {probe.level_ms:.2f} ms. Acceptance: the drafter's candidates along the text of plain decoding. "
+        "All texts were equal, all event logs replayed exactly."
+    )
+
+
+def _plot_pair(predicted: Trace, measured: Trace, path: Path) -> None:
+    from analysis.plots import plot_timelines  # drawing libraries take a second to load
+
+    try:
+        plot_timelines({"predicted": predicted, "measured": measured}, path)
+    except (OSError, ValueError) as problem:
+        raise BadInputError(f"{path}: the plot cannot be written ({problem})") from None
+
+
+def _comparison_table(scenario: Scenario, figures: "dict[str, Figure]", repeats: int) -> Table:
+    table = Table(title=f"{scenario.policy.name}, seed {scenario.seed}: simulation and {repeats} real runs")
+    table.add_column("metric", style="bold")
+    for heading in ("predicted", "measured (median)", "lowest .. highest", "difference"):
+        table.add_column(heading, justify="right")
+    for name, figure in figures.items():
+        spread = "-" if figure.spread is None else f"{figure.spread[0]:.4g} .. {figure.spread[1]:.4g}"
+        values = ["-" if value is None else f"{value:.4g}" for value in (figure.predicted, figure.measured)]
+        table.add_row(name, *values, spread, "-" if figure.error is None else f"{figure.error:+.1%}")
+    return table

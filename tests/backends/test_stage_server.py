@@ -1,0 +1,484 @@
+"""A stage by itself: server and stub layers in this process, the head played by the test."""
+
+import asyncio
+import contextlib
+import socket
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+import torch
+
+from backends.control import (
+    FROM_NODE,
+    Beat,
+    Cancel,
+    ConfigureStage,
+    Connect,
+    Connected,
+    Failed,
+    FromNode,
+    Heartbeat,
+    LinkLost,
+    Ready,
+    ToNode,
+    pack,
+    unpack,
+)
+from backends.frames import (
+    TOKEN_BYTES,
+    Activation,
+    Frame,
+    OpenFrame,
+    ReleaseFrame,
+    ResultFrame,
+    RunFrame,
+    Session,
+    decode,
+    encode,
+)
+from backends.sampling import Sampling
+from backends.stage_server import NodeServer
+from backends.transport import CONTROL, DATA, RESULTS, bind, new_server, open_channel, path
+from pipesim.errors import BadInputError
+from pipesim.scheduling.cells import CellTable
+from pipesim.scheduling.runs import Run, RunKind
+
+TOKEN = b"secret-secret-se"
+SESSION = Session(TOKEN, 1, 0)
+LAYERS = 6
+TIMEOUT_S = 20.0
+
+
+class StubLayers:
+    """Six layers; each takes until the test lets it go or stops it. Predicts position + 1 for every row."""
+
+    is_last = True
+
+    def __init__(self) -> None:
+        self.go = threading.Semaphore(0)
+        self.entered = threading.Semaphore(0)
+        self.layers_run: dict[int, int] = {}
+        self.admitted: list[int] = []
+        self.tables: dict[int, CellTable] = {}
+
+    def let_through(self, runs: int = 1) -> None:
+        self.go.release(runs * LAYERS)
+
+    async def entered_a_layer(self) -> None:
+        await asyncio.to_thread(self.entered.acquire, timeout=TIMEOUT_S)
+
+    def open_session(self, session: int, kv_cells: int, sequences: int, sampling: Sampling) -> None:
+        self.tables[session] = CellTable(kv_cells, sequences)
+
+    def close_session(self, session: int) -> None:
+        del self.tables[session]
+
+    def admit(self, session: int, run: Run) -> list[int]:
+        self.admitted.append(run.run_id)
+        return self.tables[session].admit(run)
+
+    def forward(
+        self,
+        session: int,
+        run: Run,
+        hidden: torch.Tensor | None,
+        cells: Sequence[int],
+        should_stop: Callable[[], bool],
+    ) -> torch.Tensor | list[int] | None:
+        for layer in range(LAYERS):
+            if should_stop():
+                return None
+            self.layers_run[run.run_id] = layer + 1
+            self.entered.release()
+            while not self.go.acquire(timeout=0.01):
+                if should_stop():
+                    return None
+        return [position + 1 for position in run.positions[run.first_output_row :]]
+
+
+class TestHead:
+    """The head's part, by hand."""
+
+    __test__ = False
+
+    def __init__(self, address: str, layers: StubLayers) -> None:
+        self.address, self.layers = address, layers
+        self.channel = open_channel(address)
+        self.control = self.channel.stream_stream(path(CONTROL))()
+        self.data = self.channel.stream_stream(path(DATA))()
+        self.results: Any = None
+
+    async def configure(self) -> None:
+        await self.say(ConfigureStage(TOKEN, 0, "stub", 0, LAYERS, "float32", 1))
+        assert isinstance(await self.hear(), Ready)
+        await self.say(Connect(None))
+        assert isinstance(await self.hear(), Connected)
+        self.results = self.channel.unary_stream(path(RESULTS))(TOKEN)
+        await self.send(OpenFrame(SESSION, 50, 1, Sampling()))
+        assert isinstance(await self.receive(), OpenFrame)
+
+    async def say(self, message: ToNode) -> None:
+        await self.control.write(pack(message))
+
+    async def hear(self) -> FromNode:
+        return unpack(FROM_NODE, await asyncio.wait_for(self.control.read(), TIMEOUT_S))
+
+    async def send(self, frame: Frame) -> None:
+        await self.data.write(encode(frame))
+
+    async def receive(self) -> Frame:
+        return decode(await asyncio.wait_for(self.results.read(), TIMEOUT_S))
+
+
+def a_run(run_id: int, rows: int = 1) -> RunFrame:
+    positions = tuple(range(10 * run_id, 10 * run_id + rows))
+    run = Run(run_id, 0, RunKind.CANONICAL, positions, positions, (1,) * rows)
+    return RunFrame(SESSION, run)
+
+
+@contextlib.asynccontextmanager
+async def stage() -> AsyncIterator[TestHead]:
+    """A configured stage with its session open."""
+    async with serving() as head:
+        await head.configure()
+        yield head
+
+
+@contextlib.asynccontextmanager
+async def serving() -> AsyncIterator[TestHead]:
+    layers = StubLayers()
+    node, server = NodeServer(load=lambda order: layers), new_server()
+    node.add_to(server)
+    address = f"127.0.0.1:{bind(server, '127.0.0.1:0')}"
+    await server.start()
+    head = TestHead(address, layers)
+    try:
+        yield head
+    finally:
+        layers.go.release(10**6)
+        await head.channel.close()
+        node.close()
+        await server.stop(grace=0)
+
+
+def on_a_stage(test: Callable[[TestHead], Awaitable[None]]) -> None:
+    async def run() -> None:
+        async with stage() as head:
+            await test(head)
+
+    asyncio.run(run())
+
+
+def test_a_run_comes_home_with_its_tokens_and_a_stamp() -> None:
+    async def test(head: TestHead) -> None:
+        head.layers.let_through()
+        await head.send(a_run(0, rows=3))
+        result = await head.receive()
+        assert isinstance(result, ResultFrame)
+        assert result.predictions == (1, 2, 3)
+        (stamp,) = result.stamps
+        assert (stamp.stage, stamp.void) == (0, False)
+        assert stamp.start <= stamp.end
+        assert stamp.received_bytes == len(encode(a_run(0, rows=3)))
+
+    on_a_stage(test)
+
+
+def test_a_cancelled_run_is_aborted_between_layers() -> None:
+    async def test(head: TestHead) -> None:
+        await head.send(a_run(0))
+        for _ in range(3):
+            await head.layers.entered_a_layer()
+            if head.layers.layers_run[0] < 3:
+                head.layers.go.release()
+        await head.say(Cancel(SESSION.number, SESSION.epoch, (0,)))
+        await head.say(Heartbeat(1))  # answered after the cancellation was heard
+        assert isinstance(await head.hear(), Beat)
+        result = await head.receive()
+        assert isinstance(result, ResultFrame)
+        assert result.predictions is None
+        assert result.stamps[0].void
+        assert head.layers.layers_run[0] == 3, "layers 4 to 6 were computed for a dead run"
+
+    on_a_stage(test)
+
+
+def test_a_run_cancelled_before_it_arrives_is_admitted_but_not_computed() -> None:
+    async def test(head: TestHead) -> None:
+        await head.say(Cancel(SESSION.number, SESSION.epoch, (1,)))
+        await head.say(Heartbeat(1))
+        assert isinstance(await head.hear(), Beat)
+        head.layers.let_through(2)
+        for number in range(3):
+            await head.send(a_run(number))
+        results = [await head.receive() for _ in range(3)]
+        assert [isinstance(one, ResultFrame) and one.predictions is None for one in results] == [False, True, False]
+        assert head.layers.admitted == [0, 1, 2]
+        assert sorted(head.layers.layers_run) == [0, 2]
+        assert head.layers.tables[1].allocated == 3
+
+    on_a_stage(test)
+
+
+def test_a_cancellation_of_another_epoch_cancels_nothing() -> None:
+    async def test(head: TestHead) -> None:
+        await head.say(Cancel(SESSION.number, SESSION.epoch + 1, (0,)))
+        await head.say(Heartbeat(1))
+        assert isinstance(await head.hear(), Beat)
+        head.layers.let_through()
+        await head.send(a_run(0))
+        result = await head.receive()
+        assert isinstance(result, ResultFrame)
+        assert result.predictions == (1,)
+
+    on_a_stage(test)
+
+
+def test_heartbeats_are_answered_in_the_middle_of_a_run() -> None:
+    async def test(head: TestHead) -> None:
+        await head.send(a_run(0))
+        await head.layers.entered_a_layer()
+        await head.say(Heartbeat(5))
+        beat = await head.hear()
+        assert isinstance(beat, Beat)
+        assert (beat.number, beat.last_run) == (5, 0)
+
+    on_a_stage(test)
+
+
+def test_a_void_frame_passes_through_in_order() -> None:
+    async def test(head: TestHead) -> None:
+        void = a_run(1)
+        head.layers.let_through(2)
+        for frame in (a_run(0), RunFrame(SESSION, void.run, void=True), a_run(2)):
+            await head.send(frame)
+        home = [await head.receive() for _ in range(3)]
+        assert [one.run_id for one in home if isinstance(one, ResultFrame)] == [0, 1, 2]
+        assert head.layers.admitted == [0, 1, 2]
+
+    on_a_stage(test)
+
+
+def test_release_closes_the_session_and_comes_home() -> None:
+    async def test(head: TestHead) -> None:
+        await head.send(ReleaseFrame(SESSION))
+        assert await head.receive() == ReleaseFrame(SESSION)
+        assert not head.layers.tables
+
+    on_a_stage(test)
+
+
+@pytest.mark.parametrize(
+    ("frames", "message"),
+    [
+        ([a_run(1), a_run(1)], "run 1 reached stage 0 after run 1"),
+        ([a_run(2), a_run(0)], "run 0 reached stage 0 after run 2"),
+        ([RunFrame(SESSION._replace(number=9), a_run(0).run)], "session 9"),
+        ([RunFrame(SESSION._replace(epoch=1), a_run(0).run)], "epoch 1"),
+        ([ResultFrame(SESSION, 0, None, ())], "only runs may"),
+        ([ReleaseFrame(SESSION), a_run(0)], "not open"),
+    ],
+)
+def test_frames_that_contradict_the_stream_are_reported_to_the_head(frames: list[Frame], message: str) -> None:
+    async def test(head: TestHead) -> None:
+        head.layers.let_through(9)
+        for frame in frames:
+            await head.send(frame)
+        failed = await head.hear()
+        assert isinstance(failed, Failed)
+        assert message in failed.message
+        assert not failed.bad_input
+
+    on_a_stage(test)
+
+
+def test_a_new_epoch_begins_with_empty_cells() -> None:
+    async def test(head: TestHead) -> None:
+        head.layers.let_through(2)
+        later = SESSION._replace(epoch=1)
+        await head.send(a_run(5))
+        await head.send(OpenFrame(later, 50, 1, Sampling()))
+        run = Run(0, 1, RunKind.CANONICAL, (1,), (1,), (1,))
+        await head.send(RunFrame(later, run))
+        for _ in range(2):
+            await head.receive()
+        result = await head.receive()
+        assert isinstance(result, ResultFrame)
+        assert result.predictions == (2,)
+        assert head.layers.tables[1].allocated == 1
+
+    on_a_stage(test)
+
+
+MALFORMED = [
+    b"",
+    b"GET / HTTP/1.1\r\n\r\n",
+    b"\x80\x04\x95pickle",
+    encode(a_run(0))[:-1],
+    encode(a_run(0)) + b"x",
+    encode(a_run(0)).replace(b"PSIM", b"PSIX"),
+    bytes(10_000),
+]
+
+
+@pytest.mark.parametrize("data", MALFORMED)
+def test_a_strangers_malformed_frame_ends_his_stream_and_harms_nobody(data: bytes) -> None:
+    async def test(head: TestHead) -> None:
+        async with open_channel(head.address) as channel:
+            call = channel.stream_stream(path(DATA))()
+            await call.write(data)
+            assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
+        head.layers.let_through()
+        await head.send(a_run(0))
+        assert isinstance(await head.receive(), ResultFrame)
+
+    on_a_stage(test)
+
+
+def test_a_strangers_well_formed_frame_is_refused() -> None:
+    async def test(head: TestHead) -> None:
+        foreign = SESSION._replace(token=b"x" * TOKEN_BYTES)
+        async with open_channel(head.address) as channel:
+            for frame in (ReleaseFrame(foreign), RunFrame(foreign, a_run(0).run)):
+                call = channel.stream_stream(path(DATA))()
+                await call.write(encode(frame))
+                assert await call.code() is grpc.StatusCode.PERMISSION_DENIED
+            results = channel.unary_stream(path(RESULTS))(b"guess")
+            assert await results.code() is grpc.StatusCode.PERMISSION_DENIED
+        head.layers.let_through()
+        await head.send(a_run(0))
+        assert isinstance(await head.receive(), ResultFrame)
+
+    on_a_stage(test)
+
+
+def test_an_idle_stage_takes_no_frames() -> None:
+    async def test() -> None:
+        async with serving() as head:
+            await head.send(a_run(0))
+            assert await head.data.code() is grpc.StatusCode.PERMISSION_DENIED
+
+    asyncio.run(test())
+
+
+@pytest.mark.parametrize("data", [b"", b"\xc1", b"\x80", pack(Heartbeat(1)), pack(Connect(None))])
+def test_a_control_stream_must_begin_with_a_configuration(data: bytes) -> None:
+    async def test() -> None:
+        async with serving() as head:
+            await head.control.write(data)
+            assert await head.control.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+    asyncio.run(test())
+
+
+def test_a_second_head_is_turned_away_while_the_first_is_there() -> None:
+    async def test(head: TestHead) -> None:
+        other = TestHead(head.address, head.layers)
+        await other.say(ConfigureStage(b"o" * TOKEN_BYTES, 0, "stub", 0, LAYERS, "float32", 1))
+        assert await other.control.code() is grpc.StatusCode.FAILED_PRECONDITION
+        await other.channel.close()
+
+    on_a_stage(test)
+
+
+def test_a_next_head_is_served_when_the_first_has_left_in_the_middle_of_a_run() -> None:
+    async def test(head: TestHead) -> None:
+        await head.send(a_run(0))
+        await head.layers.entered_a_layer()
+        await head.channel.close()
+        while True:
+            other = TestHead(head.address, head.layers)
+            try:
+                await other.configure()
+                break
+            except grpc.RpcError:  # the stage has not noticed yet
+                await other.channel.close()
+        await other.send(a_run(0))
+        head.layers.let_through()
+        assert isinstance(await other.receive(), ResultFrame)
+        await other.channel.close()
+
+    on_a_stage(test)
+
+
+def test_errors_of_the_layers_reach_the_head_as_bad_input_or_failure() -> None:
+    async def load(error: Exception) -> Failed:
+        def broken(_: ConfigureStage) -> StubLayers:
+            raise error
+
+        node, server = NodeServer(load=broken), new_server()
+        node.add_to(server)
+        address = f"127.0.0.1:{bind(server, '127.0.0.1:0')}"
+        await server.start()
+        head = TestHead(address, StubLayers())
+        await head.say(ConfigureStage(TOKEN, 0, "stub", 0, LAYERS, "float32", 1))
+        answer = await head.hear()
+        await head.channel.close()
+        node.close()
+        await server.stop(grace=0)
+        assert isinstance(answer, Failed)
+        return answer
+
+    bad = asyncio.run(load(BadInputError("no such layer")))
+    assert (bad.message, bad.bad_input) == ("no such layer", True)
+    failed = asyncio.run(load(MemoryError("too big")))
+    assert (failed.message, failed.bad_input) == ("MemoryError: too big", False)
+
+
+def test_a_broken_link_to_the_successor_is_reported() -> None:
+    async def test() -> None:
+        with socket.socket() as listener:  # accepts, but speaks no gRPC
+            listener.bind(("127.0.0.1", 0))
+            dead = f"127.0.0.1:{listener.getsockname()[1]}"
+        async with serving() as head:
+            await head.say(ConfigureStage(TOKEN, 0, "stub", 0, LAYERS, "float32", 1))
+            assert isinstance(await head.hear(), Ready)
+            await head.say(Connect(dead))
+            lost = await head.hear()
+            assert isinstance(lost, LinkLost)
+            assert lost.neighbour == 1
+            assert "UNAVAILABLE" in lost.reason
+
+    asyncio.run(test())
+
+
+def test_activations_of_a_wrong_shape_fail_the_stage_with_both_shapes() -> None:
+    async def test(head: TestHead) -> None:
+        class Picky(StubLayers):
+            def forward(self, session: int, run: Run, hidden: torch.Tensor | None, *_: Any) -> Any:
+                assert hidden is not None
+                raise BadInputError(f"hidden states must be [1, 8], got {list(hidden.shape)}")
+
+        head.layers.forward = Picky().forward  # type: ignore[method-assign]
+        run = a_run(0)
+        await head.send(RunFrame(SESSION, run.run, Activation("float32", (1, 4), bytes(16))))
+        failed = await head.hear()
+        assert isinstance(failed, Failed)
+        assert "must be [1, 8], got [1, 4]" in failed.message
+
+    on_a_stage(test)
+
+
+def test_a_port_in_use_is_bad_input_that_names_it() -> None:
+    async def test() -> None:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen()
+            address = f"127.0.0.1:{listener.getsockname()[1]}"
+            with pytest.raises(BadInputError, match=address):
+                bind(new_server(), address)
+
+    asyncio.run(test())
+
+
+@pytest.mark.parametrize("address", ["localhost", "1.2.3.4:", ":5", "host:port", "host:70000", ""])
+def test_malformed_addresses_are_bad_input(address: str) -> None:
+    async def test() -> None:
+        with pytest.raises(BadInputError, match="HOST:PORT"):
+            bind(new_server(), address)
+
+    asyncio.run(test())

@@ -1,0 +1,74 @@
+import pytest
+from scenario_builder import build
+
+from pipesim.errors import InvariantError
+from pipesim.recorder import Recorder
+from pipesim.scheduling.commands import EndRun, Outcome
+from pipesim.scheduling.events import GenerationAborted, GenerationStarted, RunReturned
+from pipesim.scheduling.policy import make_policy
+from pipesim.scheduling.runs import RunKind
+from pipesim.scheduling.scheduler import Scheduler
+from pipesim.simulation.pipeline import simulate
+from pipesim.trace import DraftSpan, Emission, RunRecord, StageSpan
+
+
+def started(now: float = 100.0) -> Recorder:
+    recorder = Recorder(Scheduler(make_policy("autoregressive")), seed=5, stages=["a"])
+    recorder.handle(GenerationStarted((1, 2), max_new_tokens=2), now)
+    return recorder
+
+
+def test_times_count_from_the_first_event_on_whatever_clock() -> None:
+    recorder = started(100.0)
+    recorder.stage_span(0, 0, 100.25, 100.5, False)
+    recorder.draft_span(4, 100.5, 100.75, 3)
+    recorder.handle(RunReturned(0, (7,)), 101.0)
+    recorder.handle(RunReturned(1, (8,)), 103.0)
+    trace = recorder.trace()
+    assert trace.spans == (StageSpan(0, 0, 0.25, 0.5, False),)
+    assert trace.drafts == (DraftSpan(4, 0.5, 0.75, 3),)
+    assert trace.emissions == (Emission(1.0, 2, (7,)), Emission(3.0, 3, (8,)))
+    assert trace.runs == (
+        RunRecord(0, RunKind.PREFILL, 2, 0.0, 1.0, Outcome.ACCEPTED, 2),
+        RunRecord(1, RunKind.CANONICAL, 1, 1.0, 3.0, Outcome.ACCEPTED, 1),
+    )
+    assert (trace.finished_s, trace.drained_s) == (3.0, 3.0)
+    assert (trace.policy, trace.seed, trace.stages, trace.prompt_tokens) == ("autoregressive", 5, ("a",), 2)
+    assert trace.tokens == (7, 8)
+    assert trace.complete
+
+
+def test_an_unfinished_generation_leaves_an_honest_trace() -> None:
+    trace = started().trace()
+    assert (trace.finished_s, trace.drained_s, trace.finish_reason, trace.complete) == (None, None, None, False)
+    assert trace.runs[0].outcome is None
+    assert trace.runs[0].returned_s is None
+
+
+def test_an_aborted_generation_is_not_complete() -> None:
+    recorder = started()
+    recorder.handle(GenerationAborted("ctrl-c"), 101.0)
+    recorder.handle(RunReturned(0, None), 102.0)
+    trace = recorder.trace()
+    assert not trace.complete
+    assert trace.drained_s == 2.0
+
+
+def test_a_run_that_ends_twice_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = started()
+    monkeypatch.setattr(recorder.scheduler, "handle", lambda event, now: [EndRun(0, Outcome.ACCEPTED, 1)] * 2)
+    with pytest.raises(InvariantError, match="I1"):
+        recorder.handle(RunReturned(0, (7,)), 101.0)
+
+
+def test_link_bytes_add_up() -> None:
+    recorder = started()
+    recorder.link_sent("x", 3)
+    recorder.link_sent("x", 4)
+    assert recorder.trace().link_bytes == {"x": 7}
+
+
+def test_a_run_whose_tokens_were_there_already_is_redundant() -> None:
+    trace = simulate(build("policy.always_canonical=true"))
+    assert any(run.redundant for run in trace.runs)
+    assert not any(run.redundant for run in simulate(build()).runs)
