@@ -8,7 +8,7 @@ from backends.frames import TOKEN_BYTES, FrameError
 from backends.sampling import Sampling
 from pipesim.errors import BadInputError
 from pipesim.scheduling.commands import RequestDraft
-from pipesim.scheduling.tree import Candidate, DraftTree
+from pipesim.scheduling.tree import Candidate, Detour, DraftTree
 
 _Token = Annotated[bytes, msgspec.Meta(min_length=TOKEN_BYTES, max_length=TOKEN_BYTES)]
 
@@ -130,10 +130,11 @@ class TraceText(msgspec.Struct, frozen=True, tag="trace", forbid_unknown_fields=
 
 
 class TraceReply(msgspec.Struct, frozen=True, tag="traced", forbid_unknown_fields=True):
-    """Drafter -> head: entry ``i`` are the candidates for token ``i + 1``, best first."""
+    """Drafter -> head: entry ``i`` are the candidates for token ``i + 1``, best first; and ``Drafter.detours``."""
 
     session: int
     candidates: tuple[tuple[Candidate, ...], ...]
+    detours: tuple[Detour, ...] | None
 
 
 class DraftReply(msgspec.Struct, frozen=True, tag="draft", forbid_unknown_fields=True):

@@ -79,7 +79,9 @@ class DrafterLease(Lease):
         elif isinstance(message, TraceText):
             candidates = self._current().trace(message.tokens, message.sampling, lambda: self._abandoned(number))
             if candidates is not None:
-                self.from_thread(self._replies.put_nowait, TraceReply(message.session, tuple(candidates)))
+                detours = self._current().detours(message.tokens)
+                reply = TraceReply(message.session, tuple(candidates), None if detours is None else tuple(detours))
+                self.from_thread(self._replies.put_nowait, reply)
         elif isinstance(message, ExtendText):
             self._current().extend(message.tokens)
         else:

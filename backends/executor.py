@@ -28,7 +28,7 @@ from pipesim.scenario import IidAcceptance, Model, Scenario
 from pipesim.scheduling.events import GenerationStarted
 from pipesim.scheduling.policies.autoregressive import Autoregressive
 from pipesim.scheduling.scheduler import Scheduler
-from pipesim.scheduling.tree import Candidate
+from pipesim.scheduling.tree import Candidate, Detour
 from pipesim.trace import Trace
 
 OnText = Callable[[Progress], None]
@@ -234,9 +234,10 @@ async def _probe(job: _Job, pipeline: Pipeline) -> tuple[Probe, Planted | None]:
     planted = job.planted(plain.tokens)
     drafting = DraftCosts(0.0, 0.0)
     candidates: tuple[tuple[Candidate, ...], ...] = ((),) * len(plain.tokens)
+    detours: tuple[Detour, ...] | None = None
     if job.needs_drafter:
         drafting = await prober.draft_costs(prompt, job.sampling, planted)
-        candidates = await prober.candidates(prompt, plain.tokens, job.sampling, planted)
+        candidates, detours = await prober.drafts(prompt, plain.tokens, job.sampling, planted)
     probe = Probe(
         rows_ms=costs.rows_ms,
         prefill_row_ms=costs.prefill_row_ms,
@@ -247,6 +248,7 @@ async def _probe(job: _Job, pipeline: Pipeline) -> tuple[Probe, Planted | None]:
         prompt=prompt,
         tokens=plain.tokens,
         candidates=candidates,
+        detours=detours,
     )
     return probe, planted
 

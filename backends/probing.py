@@ -12,7 +12,7 @@ from backends.sampling import Sampling
 from pipesim.errors import InvariantError, PipesimError
 from pipesim.scheduling.commands import RequestDraft
 from pipesim.scheduling.runs import END, KvOperation, Run, RunKind, SequenceRemove
-from pipesim.scheduling.tree import Candidate
+from pipesim.scheduling.tree import Candidate, Detour
 
 ROWS = (1, 2, 4, 8)
 _REPEATS = 9
@@ -109,14 +109,14 @@ class Prober:
         level_s = statistics.median(per_level)
         return DraftCosts(1e3 * level_s, 1e3 * max(0.0, first_s - _DRAFTED * level_s) / len(prompt))
 
-    async def candidates(
+    async def drafts(
         self, prompt: tuple[int, ...], tokens: tuple[int, ...], sampling: Sampling, planted: Planted | None
-    ) -> tuple[tuple[Candidate, ...], ...]:
-        """What the drafter would propose for each of ``tokens``. Raises StageFailedError if it fails."""
+    ) -> tuple[tuple[tuple[Candidate, ...], ...], tuple[Detour, ...] | None]:
+        """The drafter's candidates for each of ``tokens``, and its detours. Raises StageFailedError if it fails."""
         reply = await self._ask(TraceText(self._session.number, (*prompt, *tokens), sampling, planted))
         if not isinstance(reply, TraceReply):
             raise InvariantError("the drafter answered something else than was asked for")
-        return reply.candidates[len(prompt) - 1 :]
+        return reply.candidates[len(prompt) - 1 :], reply.detours
 
     async def _ask(self, message: ToDrafter) -> DraftReply | TraceReply | Frame:
         self._pipeline.order(message)

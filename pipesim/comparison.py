@@ -30,7 +30,9 @@ class Figure:
 
 def predict(scenario: Scenario, probe: Probe) -> Trace:
     """Simulates the scenario with the probe's costs and acceptance; the devices stay as the scenario has them."""
-    truth = RecordedTruth(probe.prompt, probe.tokens, probe.candidates)
+    ended_early = len(probe.tokens) < scenario.workload.max_new_tokens
+    stop_tokens = probe.tokens[-1:] if ended_early else ()
+    truth = RecordedTruth(probe.prompt, probe.tokens, probe.candidates, probe.detours, stop_tokens)
     return Simulation(with_probed_costs(scenario, probe), truth=truth).run()
 
 
@@ -49,7 +51,6 @@ def with_probed_costs(scenario: Scenario, probe: Probe) -> Scenario:
     cluster["head"]["overhead_ms"] = probe.head_ms
     cluster["drafter"] |= {"level_ms": probe.level_ms, "prefill_per_token_ms": probe.draft_prefill_row_ms}
     cluster["links"] = {"latency_ms": probe.link_ms}
-    raw["workload"] |= {"max_new_tokens": len(probe.tokens)}
     return build_scenario(raw, "the scenario with probed costs")
 
 

@@ -8,7 +8,7 @@ from typing import Protocol, TextIO
 
 from pipesim.errors import BadInputError
 from pipesim.scenario import Model, Scenario
-from pipesim.scheduling.tree import Candidate
+from pipesim.scheduling.tree import Candidate, Detour
 from pipesim.trace import Trace
 
 GROUP = "pipesim.executors"
@@ -45,6 +45,7 @@ class Probe:
         prompt: the prompt's tokens.
         tokens: the text that plain decoding gave.
         candidates: the drafter's for each of ``tokens``, best first.
+        detours: how the drafter goes on after its own wrong proposals; None: as it does on the text.
     """
 
     rows_ms: tuple[Mapping[int, float], ...]
@@ -56,6 +57,7 @@ class Probe:
     prompt: tuple[int, ...]
     tokens: tuple[int, ...]
     candidates: tuple[tuple[Candidate, ...], ...]
+    detours: tuple[Detour, ...] | None
 
 
 @dataclass(frozen=True, slots=True)

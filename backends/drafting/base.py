@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from backends.sampling import Sampling
 from pipesim.errors import InvariantError
 from pipesim.scheduling.commands import RequestDraft
-from pipesim.scheduling.tree import Candidate, DraftTree, grow_tree
+from pipesim.scheduling.tree import Candidate, Detour, DraftTree, grow_tree
 
 WIDTH = 8
 """Candidates per position at most: as many branches as a draft tree can sensibly fork."""
@@ -83,3 +83,11 @@ class Drafter(ABC):
             found.append(tuple(self.candidates_after(self.text, ())))
             self.extend([token])
         return found
+
+    def detours(self, tokens: Sequence[int]) -> list[Detour] | None:
+        """How it would go on after each of its own wrong proposals along ``tokens``.
+
+        None, where that is much like what it proposes on the text, as with models: they always have a next token.
+        """
+        del tokens
+        return None

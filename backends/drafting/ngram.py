@@ -5,7 +5,9 @@ from collections.abc import Sequence
 
 from backends.drafting.base import WIDTH, Drafter
 from pipesim.errors import BadInputError
-from pipesim.scheduling.tree import Candidate
+from pipesim.scheduling.tree import Candidate, Detour
+
+_DETOUR = 64  # tokens that a wrong look-up is followed for: more than any policy has in flight on one chain
 
 
 class NgramDrafter(Drafter):
@@ -47,3 +49,17 @@ class NgramDrafter(Drafter):
                 best = heapq.nlargest(WIDTH, followers, key=followers.__getitem__)
                 return [(token, followers[token][0] / (occurrences + 1)) for token in best]
         return []
+
+    def detours(self, tokens: Sequence[int]) -> list[Detour] | None:
+        """A wrong look-up goes on repeating what it found, where the text itself has nothing to look up."""
+        self.start(tokens[:1], self.sampling)
+        found: dict[tuple[int, int], tuple[Candidate, ...]] = {}
+        for token in tokens[1:]:
+            path: tuple[int, ...] = ()
+            candidates = self.candidates_after(self.text, path)
+            while candidates and len(path) < _DETOUR and (path or candidates[0][0] != token):
+                path += (candidates[0][0],)
+                candidates = self.candidates_after(self.text, path)
+                found.setdefault((len(self.text) + len(path), path[-1]), tuple(candidates))
+            self.extend([token])
+        return [(position, previous, candidates) for (position, previous), candidates in found.items()]

@@ -61,7 +61,7 @@ def generate_command(
     model: Annotated[str, typer.Option(help="smollm2-135m, a .gguf file, or a folder with safetensors.")] = (
         "smollm2-135m"
     ),
-    stages: Annotated[int | None, typer.Option(help="Start so many stage processes here.  [default: 2]")] = None,
+    stages: Annotated[int | None, typer.Option(help="Start so many stage processes here (default: 2).")] = None,
     cluster: Annotated[
         Path | None, typer.Option(metavar="FILE", help="YAML list of running stages, HOST:PORT each, in order.")
     ] = None,

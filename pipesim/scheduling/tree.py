@@ -7,6 +7,10 @@ Candidate = tuple[int, float]
 """A token and the drafter's confidence in it, 0 to 1."""
 
 
+Detour = tuple[int, int, tuple[Candidate, ...]]
+"""What a drafter proposes off the text: a position, the wrong token before it, and the candidates there."""
+
+
 @dataclass(frozen=True, slots=True)
 class DraftTree:
     """A tree of drafted tokens, parents before children.

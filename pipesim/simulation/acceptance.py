@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from pipesim.errors import BadInputError
 from pipesim.scenario import IidAcceptance, Scenario
-from pipesim.scheduling.tree import Candidate
+from pipesim.scheduling.tree import Candidate, Detour
 
 _MASK = 2**64 - 1
 _TARGET, _DRAFTER = 0x7461726765740001, 0x6472616674657202  # one stream for each subsystem
@@ -22,6 +22,7 @@ class Truth(Protocol):
     """A simulated model pair."""
 
     prompt: tuple[int, ...]
+    stop_tokens: tuple[int, ...]
 
     def next(self, position: int, previous: int) -> int:
         """The token that the target puts at ``position`` after ``previous``."""
@@ -39,6 +40,8 @@ class IidTruth:
     confidence in the first, the second's share of the confidence that is left (the upper half of it if the second is
     right, the lower half otherwise), and which wrong tokens are offered.
     """
+
+    stop_tokens: tuple[int, ...] = ()
 
     def __init__(self, acceptance: IidAcceptance, seed: int, prompt_tokens: int, vocabulary: int) -> None:
         self._settings = acceptance
@@ -84,15 +87,24 @@ class IidTruth:
 class RecordedTruth:
     """The text and the drafter's candidates of a real model pair.
 
-    Off the recorded text the target says something arbitrary, and the drafter answers as it did on it: such rows can
-    never become text, only the drafter's confidence (does it go on?) matters there. Beyond its end there are no
-    candidates.
+    Off the recorded text the target says something arbitrary. Such rows can never become text, only whether the drafter
+    goes on matters there: it does as ``detours`` say, or, without any, as it did at that position of the text. Beyond
+    the text's end there are no candidates; ``stop_tokens`` say what ended it before its length did.
     """
 
-    def __init__(self, prompt: Sequence[int], tokens: Sequence[int], candidates: Sequence[Sequence[Candidate]]) -> None:
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        tokens: Sequence[int],
+        candidates: Sequence[Sequence[Candidate]],
+        detours: Sequence[Detour] | None = None,
+        stop_tokens: tuple[int, ...] = (),
+    ) -> None:
+        self.stop_tokens = stop_tokens
         self.prompt = tuple(prompt)
         self._text = (*prompt, *tokens)
         self._candidates = candidates
+        self._detours = None if detours is None else {(at, previous): ranked for at, previous, ranked in detours}
 
     def next(self, position: int, previous: int) -> int:
         """The recorded token, if the one before is as recorded."""
@@ -101,8 +113,10 @@ class RecordedTruth:
         return _mix(position ^ previous << 32) % 2**31
 
     def candidates(self, position: int, previous: int) -> Sequence[Candidate]:
-        """The recorded candidates for this position."""
+        """The recorded candidates for this position, on the text or off it."""
         index = position - len(self.prompt)
+        if self._detours is not None and index <= len(self._candidates) and previous != self._text[position - 1]:
+            return self._detours.get((position, previous), ())
         return self._candidates[index] if 0 <= index < len(self._candidates) else ()
 
 

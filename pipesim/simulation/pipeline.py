@@ -51,7 +51,7 @@ class Simulation:
             return Device(f"{user}'s own device", 1) if name is None else devices[name]
 
         cluster = scenario.cluster
-        self._event = GenerationStarted(self.truth.prompt, scenario.workload.max_new_tokens)
+        self._event = GenerationStarted(self.truth.prompt, scenario.workload.max_new_tokens, self.truth.stop_tokens)
         self._text = list(self.truth.prompt)
         self._overhead = round(cluster.head.overhead_ms * 1e6)
         self._device = device_of(cluster.head.device, "head")

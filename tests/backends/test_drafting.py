@@ -217,3 +217,10 @@ def test_smollm2_without_four_layers_still_drafts_well(smollm2: ModelSource, smo
     found = drafter.trace(prompt + text, Sampling())[len(prompt) - 1 :]
     hits = sum(candidates[0][0] == token for candidates, token in zip(found, text, strict=True))
     assert hits >= 12
+
+
+def test_ngram_detours_tell_how_a_wrong_look_up_goes_on() -> None:
+    text = [1, 2, 3, 4, 5, 9, 1, 2, 7]
+    detours = {(at, previous): candidates for at, previous, candidates in NgramDrafter().detours(text) or ()}
+    assert [token for token, _ in detours[9, 3]] == [4], "after the wrong 3 the copy goes on"
+    assert [token for token, _ in detours[10, 4]] == [5]

@@ -11,7 +11,7 @@ from scenario_builder import build
 
 from pipesim.errors import BadInputError
 from pipesim.scenario import IidAcceptance
-from pipesim.simulation.acceptance import IidTruth, make_truth
+from pipesim.simulation.acceptance import IidTruth, RecordedTruth, make_truth
 from pipesim.simulation.pipeline import simulate
 
 MANY = 4000
@@ -136,3 +136,13 @@ def test_a_trace_that_does_not_fit_the_workload_is_refused(recorded: list[str]) 
 def test_a_simulation_needs_an_acceptance_section() -> None:
     with pytest.raises(BadInputError, match="acceptance"):
         simulate(build("acceptance=null"))
+
+
+def test_off_the_recorded_text_the_drafter_goes_on_as_its_detours_say() -> None:
+    candidates = [[(5, 0.9)], [(6, 0.9)], [(7, 0.9)]]
+    plain = RecordedTruth([1], [5, 6, 7], candidates)
+    assert plain.candidates(2, 99) == [(6, 0.9)], "without detours as on the text"
+    world = RecordedTruth([1], [5, 6, 7], candidates, detours=[(2, 99, ((8, 0.5),))])
+    assert world.candidates(2, 5) == [(6, 0.9)]
+    assert world.candidates(2, 99) == ((8, 0.5),)
+    assert world.candidates(3, 98) == (), "a way that was never recorded ends"

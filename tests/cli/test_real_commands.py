@@ -1,0 +1,296 @@
+"""generate, execute, stage and compare, as users call them: real processes, a tiny model."""
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from conftest import LAYERS
+
+from pipesim.errors import BadInputError
+from pipesim.executors import find_executor
+
+PROMPT = " ".join(f"w{3 + i % 7}" for i in range(30))
+POLICIES = ["autoregressive", "speculative", "pipeinfer"]
+
+
+def pipesim(*arguments: object, timeout_s: float = 90.0) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=timeout_s, check=False)
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-c", "from pipesim.cli import main; main()", *map(str, arguments)]
+
+
+def generate(model: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return pipesim("generate", PROMPT, "--raw", "--model", model, *arguments)
+
+
+def as_json(done: subprocess.CompletedProcess[str]) -> dict[str, object]:
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") == 1, "stdout must hold one JSON object and nothing else"
+    printed: dict[str, object] = json.loads(done.stdout)
+    return printed
+
+
+@contextlib.contextmanager
+def stage_server() -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """A separately started `pipesim stage` and where it listens."""
+    server = subprocess.Popen(
+        command("stage", "--listen", "127.0.0.1:0"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert server.stdout
+        yield json.loads(server.stdout.readline())["listening"], server
+    finally:
+        server.kill()
+        server.communicate()
+
+
+def test_the_text_is_the_same_whatever_the_policy_and_the_cluster(tiny_folder: Path) -> None:
+    texts = set()
+    for policy, stages, drafter in [
+        ("autoregressive", 1, "ngram"),
+        ("speculative", 2, "layer-skip"),
+        ("pipeinfer", 3, "planted"),
+    ]:
+        arguments = ("--policy", policy, "--stages", stages, "--drafter", drafter, "--max-new-tokens", 24)
+        printed = as_json(generate(tiny_folder, *arguments, "--temperature", 0.9, "--seed", 4, "--json"))
+        assert (printed["policy"], printed["seed"]) == (policy, 4)
+        assert list(printed) == ["policy", "seed", "tokens", "text", "metrics"]
+        tokens = printed["tokens"]
+        assert isinstance(tokens, list)
+        assert len(tokens) == 24
+        assert printed["text"] == " ".join(f"w{token}" for token in tokens)
+        texts.add(printed["text"])
+    assert len(texts) == 1
+
+
+def test_text_goes_to_stdout_and_files_are_written(tiny_folder: Path, tmp_path: Path) -> None:
+    events, trace = tmp_path / "events.jsonl", tmp_path / "trace.json"
+    done = generate(tiny_folder, "--max-new-tokens", 12, "--events", events, "--trace", trace)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.split()) == 12
+    assert done.stdout.endswith("\n")
+    assert not done.stderr, "figures are for terminals"
+    assert pipesim("replay", events).returncode == 0
+    assert json.loads(trace.read_text())["traceEvents"]
+
+
+def test_the_command_line_itself_never_loads_pytorch(tiny_folder: Path) -> None:
+    program = (
+        "import sys, atexit; from pipesim.cli import main\n"
+        "atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr))\n"
+        "main()"
+    )
+    arguments = ["generate", PROMPT, "--raw", "--model", str(tiny_folder), "--max-new-tokens", "2"]
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "False"
+
+
+def test_ctrl_c_leaves_the_text_and_no_process(tiny_folder: Path) -> None:
+    process = subprocess.Popen(
+        command("generate", PROMPT, "--raw", "--model", tiny_folder, "--stages", 2, "--max-new-tokens", 900),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout
+    beginning = process.stdout.read(20)
+    below = psutil.Process(process.pid).children(recursive=True)
+    assert len(below) == 4, "a nursery, two stages and a drafter"
+    process.send_signal(signal.SIGINT)
+    sent = time.monotonic()
+    rest, errors = process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert time.monotonic() - sent < 3.0
+    assert (beginning + rest).startswith("w")
+    assert "Traceback" not in errors
+    assert not [one for one in below if one.is_running()]
+
+
+def test_ctrl_c_while_stages_start_leaves_no_process(tiny_folder: Path) -> None:
+    process = subprocess.Popen(
+        command("generate", PROMPT, "--raw", "--model", tiny_folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    parent = psutil.Process(process.pid)
+    while not (below := parent.children(recursive=True)):
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert b"Traceback" not in errors
+    _, alive = psutil.wait_procs(below, timeout=3.0)
+    assert not alive
+
+
+def test_separately_started_stages_serve_one_head_after_another(tiny_folder: Path, tmp_path: Path) -> None:
+    hosts = tmp_path / "hosts.yaml"
+    expected = as_json(generate(tiny_folder, "--policy", "autoregressive", "--max-new-tokens", 10, "--json"))["tokens"]
+    with stage_server() as (first, _), stage_server() as (second, server):
+        hosts.write_text(yaml.safe_dump([first, second]))
+        for policy in POLICIES:
+            done = generate(tiny_folder, "--cluster", hosts, "--policy", policy, "--max-new-tokens", 10, "--json")
+            assert as_json(done)["tokens"] == expected
+        server.send_signal(signal.SIGINT)
+        _, errors = server.communicate(timeout=5)
+        assert server.returncode == 130
+        assert "Traceback" not in errors
+        gone = generate(tiny_folder, "--cluster", hosts, "--max-new-tokens", 10)
+        assert gone.returncode == 2
+        assert f"stage 1 ({second}, layers" in gone.stderr
+        assert "does not answer" in gone.stderr
+
+
+def test_a_stage_killed_on_another_machine_ends_the_generation_with_its_name(tiny_folder: Path, tmp_path: Path) -> None:
+    hosts = tmp_path / "hosts.yaml"
+    with stage_server() as (first, _), stage_server() as (second, server):
+        hosts.write_text(yaml.safe_dump({"stages": [first, second]}))
+        process = subprocess.Popen(
+            command("generate", PROMPT, "--raw", "--model", tiny_folder, "--cluster", hosts, "--max-new-tokens", 900),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout
+        process.stdout.read(10)
+        server.kill()
+        _, errors = process.communicate(timeout=5)
+        assert process.returncode == 1
+        assert f"error: stage 1 ({second}, layers" in errors
+        assert "Traceback" not in errors
+
+
+def test_a_port_in_use_is_named() -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        done = pipesim("stage", "--listen", address)
+    assert done.returncode == 2
+    assert address in done.stderr
+    assert "in use" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "messages"),
+    [
+        (["--stages", LAYERS + 1], ["--stages 9", "8 layers"]),
+        (["--stages", 0], ["--stages 0"]),
+        (["--max-new-tokens", 1000], ["30 prompt tokens", "1024", "shorten"]),
+        (["--max-new-tokens", 0], ["max_new_tokens"]),
+        (["--temperature", -1], ["temperature"]),
+        (["--policy", "clairvoyant"], ["clairvoyant", "pipeinfer"]),
+        (["--set", "policy.micro_batches=3"], ["micro_batches"]),
+        (["--dtype", "int3"], ["dtype"]),
+        (["--drafter", "nobody"], ["nobody"]),
+        (["--model", "/does/not/exist"], ["/does/not/exist"]),
+        (["--cluster", "/does/not/exist.yaml"], ["/does/not/exist.yaml"]),
+    ],
+)
+def test_bad_input_names_the_field_and_starts_nothing(
+    tiny_folder: Path, arguments: list[object], messages: list[str]
+) -> None:
+    done = generate(tiny_folder, *arguments)
+    assert done.returncode == 2, done.stderr
+    assert not done.stdout.strip()
+    for message in messages:
+        assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_model_without_chat_template_says_what_to_do(tiny_folder: Path) -> None:
+    done = pipesim("generate", PROMPT, "--model", tiny_folder)
+    assert done.returncode == 2
+    assert "--raw" in done.stderr
+
+
+@pytest.fixture
+def scenario(tiny_folder: Path, tmp_path: Path) -> Path:
+    file = tmp_path / "tiny.yaml"
+    cost = {"kind": "linear", "constant_ms": 1}
+    content = {
+        "model": {"name": str(tiny_folder), "layers": LAYERS, "hidden": 64, "vocabulary": 160},
+        "cluster": {
+            "devices": [{"name": "here", "cores": os.cpu_count()}],
+            "stages": [{"repeat": 2, "cost": cost, "device": "here"}],
+            "drafter": {"level_ms": 0.1},
+        },
+        "workload": {"prompt": PROMPT, "max_new_tokens": 24},
+        "policy": {"name": "pipeinfer", "partitions": 4},
+        "acceptance": {"kind": "iid", "rate": 0.8},
+        "execution": {"drafter": "planted"},
+        "seed": 2,
+    }
+    file.write_text(yaml.safe_dump(content))
+    return file
+
+
+def test_a_scenario_runs_for_real_with_the_flags_of_simulate(scenario: Path, tmp_path: Path) -> None:
+    events, trace, plot = tmp_path / "e.jsonl", tmp_path / "t.json", tmp_path / "p.png"
+    done = pipesim("execute", scenario, "--json", "--events", events, "--trace", trace, "--plot", plot, "--seed", 9)
+    printed = as_json(done)
+    assert (printed["policy"], printed["seed"]) == ("pipeinfer", 9)
+    assert pipesim("replay", events).returncode == 0
+    assert json.loads(trace.read_text())["traceEvents"]
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    people = pipesim("execute", scenario, "--set", "policy.name=autoregressive", "--seed", 9)
+    assert people.returncode == 0, people.stderr
+    assert str(printed["text"]) in people.stdout
+    assert "tokens/s" in people.stdout
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.layers=7", "model.layers = 7"),
+        ("model.hidden=32", "model.hidden = 32"),
+        ("model.vocabulary=200", "model.vocabulary = 200"),
+        ("model.activation_bytes=2", "model.activation_bytes = 2"),
+        ("acceptance=null", "acceptance"),
+        ("workload.max_new_tokens=2000", "max_new_tokens = 2000"),
+        ("execution.hosts=[nowhere, null]", "HOST:PORT"),
+    ],
+)
+def test_a_scenario_that_does_not_fit_the_model_is_bad_input(scenario: Path, override: str, message: str) -> None:
+    done = pipesim("execute", scenario, "--set", override)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+
+
+def test_compare_shows_every_metric_of_both_worlds(scenario: Path, tmp_path: Path) -> None:
+    plot = tmp_path / "both.svg"
+    figures = as_json(pipesim("compare", scenario, "--repeats", 2, "--json", "--plot", plot))["metrics"]
+    assert isinstance(figures, dict)
+    for name in ("tokens_per_second", "ttft_s", "itl_s.p99", "e2e_s", "acceptance_rate", "stage_utilization.1"):
+        figure = figures[name]
+        assert list(figure) == ["predicted", "measured", "spread", "error"]
+        assert figure["spread"][0] <= figure["measured"] <= figure["spread"][1]
+        assert figure["error"] == pytest.approx((figure["predicted"] - figure["measured"]) / figure["measured"])
+    assert plot.read_text().startswith("<?xml")
+    people = pipesim("compare", scenario, "--repeats", 1)
+    assert people.returncode == 0, people.stderr
+    assert "acceptance_rate" in people.stdout
+    assert "All texts were equal" in people.stdout
+
+
+def test_without_the_extra_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(importlib.metadata.EntryPoint):
+        def load(self) -> object:
+            raise ImportError("No module named 'grpc'")
+
+    for found in ([], [Broken("grpc", "backends.executor:GrpcExecutor", "pipesim.executors")]):
+        monkeypatch.setattr("pipesim.executors.entry_points", lambda group, found=found: found)
+        with pytest.raises(BadInputError, match=r'install "pipesim\[real\]"'):
+            find_executor()
