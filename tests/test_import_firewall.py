@@ -45,6 +45,15 @@ def test_pipesim_never_imports_backends_or_their_libraries(path: Path) -> None:
     assert not {name.split(".")[0] for name in imported_by(path)} & {"backends", "torch", "grpc"}
 
 
+SHARED = ["event_log", "metrics", "perfetto", "recorder", "scenario", "scenario_file", "trace"]
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_what_both_worlds_share_does_not_know_the_simulation(name: str) -> None:
+    imported = imported_by(ROOT / "pipesim" / f"{name}.py")
+    assert not any(module.startswith(("pipesim.simulation", "pipesim.cli", "simpy", "analysis")) for module in imported)
+
+
 @pytest.mark.parametrize("path", files("pipesim/simulation"), ids=lambda p: p.stem)
 def test_the_simulation_does_not_know_the_command_line_or_plots(path: Path) -> None:
     assert not any(name.startswith(("pipesim.cli", "analysis")) for name in imported_by(path))

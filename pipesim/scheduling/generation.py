@@ -26,6 +26,10 @@ class SpeculationLimits:
     branches: int = 1
     nodes: int = 0
 
+    def __post_init__(self) -> None:
+        if self.partitions < 0 or self.branches < 1 or self.nodes < 0:
+            raise BadInputError(f"a policy's limits must be at least 0, 1 and 0, got {self}")
+
 
 class Generation:
     """State and moves. Policies read the attributes and call the moves; only the scheduler does more."""
@@ -37,7 +41,7 @@ class Generation:
         self.limit = self.prompt_length + started.max_new_tokens
         self.limits = limits
         self.stop_tokens = frozenset(started.stop_tokens)
-        cells = kv_cells or self.limit + limits.partitions * (limits.nodes + 1)
+        cells = self.limit + limits.partitions * (limits.nodes + 1) if kv_cells is None else kv_cells
         if cells < self.limit:
             raise BadInputError(f"kv_cells: {cells} cells cannot hold prompt + max_new_tokens = {self.limit}")
         self.text = list(started.prompt)
@@ -105,7 +109,7 @@ class Generation:
 
         Says whether there was anything to run: an empty tree and a tree beyond the last useful position are not.
         """
-        self._check_tree(tree)
+        self._check_tree(tip, tree)
         last = self.limit - 2  # the token after this one ends the text: nothing drafted later can matter
         nodes: list[Node] = []
         node_of: dict[int, Node] = {-1: tip}
@@ -145,11 +149,14 @@ class Generation:
 
         Says whether there is a free partition, cells and a useful position for what would come back.
         """
+        if max_nodes > self.limits.nodes or branches > self.limits.branches or not tip.alive:
+            raise InvariantError(
+                f"a policy asked for {max_nodes} tokens on {branches} branches, beyond its {self.limits}"
+            )
         if not self.partitions.free or self.cells.free < max_nodes + 1 or tip.position >= self.limit - 2:
             return False
         self.draft_id, self.draft_tip = self._next_request_id, tip
         self._next_request_id += 1
-        max_nodes = min(max_nodes, self.limits.nodes)
         self.commands.append(RequestDraft(self.draft_id, self.frontier, tip.path(), max_nodes, branches, cutoff, split))
         return True
 
@@ -181,7 +188,7 @@ class Generation:
             [self.cells.everyone] * (stop - start),
             first_output_row=stop - start - ends_text,
         )
-        run.useful_rows = stop - start if self.epoch == 0 else 0
+        run.is_prefill = True
         self.shared = stop
         if ends_text:
             self.root.attach(run, stop - start - 1)
@@ -254,7 +261,9 @@ class Generation:
         self.commands.append(SubmitRun(run))
         return in_flight
 
-    def _check_tree(self, tree: DraftTree) -> None:
+    def _check_tree(self, tip: Node, tree: DraftTree) -> None:
+        if not tip.alive or not self.partitions.free:
+            raise InvariantError("a policy submits a draft below a dead token, or without a free partition")
         if tree.leaves > self.limits.branches or len(tree.tokens) > self.limits.nodes:
             raise InvariantError(
                 f"the drafter returned {len(tree.tokens)} tokens on {tree.leaves} branches, "

@@ -8,7 +8,7 @@ equal commands (I9).
 from collections import deque
 from dataclasses import dataclass
 
-from pipesim.errors import InvariantError
+from pipesim.errors import BadInputError, InvariantError
 from pipesim.scheduling.commands import (
     Command,
     EmitTokens,
@@ -28,8 +28,9 @@ from pipesim.scheduling.events import (
     StageLost,
 )
 from pipesim.scheduling.generation import Generation
+from pipesim.scheduling.partitions import CANONICAL
 from pipesim.scheduling.policy import Policy
-from pipesim.scheduling.runs import RunKind
+from pipesim.scheduling.runs import END, RunKind, SequenceRemove
 from pipesim.scheduling.speculation import InFlightRun, advance
 
 
@@ -58,6 +59,13 @@ class Scheduler:
     def __init__(
         self, policy: Policy, kv_cells: int | None = None, prefill_chunk: int = 64, prefill_window: int = 8
     ) -> None:
+        for field, value in (
+            ("kv_cells", kv_cells),
+            ("prefill_chunk", prefill_chunk),
+            ("prefill_window", prefill_window),
+        ):
+            if value is not None and value < 1:
+                raise BadInputError(f"{field}: {value} is out of range, use a value of at least 1")
         self.policy = policy
         self.statistics = Statistics()
         self.finished = False
@@ -67,6 +75,7 @@ class Scheduler:
         self.prefill_window = prefill_window
         self._prefill: deque[tuple[RunKind, int, int]] = deque()
         self._prefilling = True  # until the end of the known text came home, the policy has nothing to decide
+        self._delivered = 0  # positions of which a run came home
         self._suspended = False
         self._now = float("-inf")
         self._generation: Generation | None = None
@@ -95,7 +104,7 @@ class Scheduler:
             BadInputError: the generation cannot be started as asked.
             InvariantError: the event contradicts what the scheduler knows: a defect of a stage, a driver or a policy.
         """
-        if now < self._now:
+        if not now >= self._now:  # a clock that is not a number has not moved on, either
             raise InvariantError(f"the clock ran back from {self._now} to {now}")
         self._now = now
         match event:
@@ -163,8 +172,11 @@ class Scheduler:
 
     def _release(self) -> None:
         generation = self.generation
+        generation.queue(SequenceRemove(CANONICAL, generation.shared, END))  # of redundant runs that were drained
+        held = generation.cells.allocated
+        if held != generation.shared:
+            raise InvariantError(f"{held} cells are held at the end, the text has {generation.shared} (I5)")
         generation.cells.release_all()
-        generation.cells.check()
         if generation.partitions.free != generation.partitions.total:
             raise InvariantError(f"{generation.partitions.free} of {generation.partitions.total} partitions came back")
         generation.commands.append(ReleaseSession())
@@ -214,6 +226,9 @@ class Scheduler:
             count = "a void frame" if predictions is None else f"{len(predictions)} predictions"
             raise InvariantError(f"run {run.run_id} was not cancelled and owes {run.run.outputs}, but brought {count}")
         generation = self.generation
+        if run.is_prefill:  # after a lost stage, text comes by a second time
+            run.useful_rows = sum(position >= self._delivered for position in run.run.positions)
+            self._delivered = max(self._delivered, run.run.positions[-1] + 1)
         committed: list[int] = []
         last, reason = generation.root, None
         while generation.root.run is run and reason is None:
@@ -224,6 +239,7 @@ class Scheduler:
             self._check_redundant(run, predictions)
             return
         generation.promote(last)
+        self._delivered = max(self._delivered, last.position + 1)
         generation.commands.append(EmitTokens(generation.frontier - len(committed), tuple(committed)))
         if reason is not None:
             self._finish(reason)

@@ -7,6 +7,7 @@ every other child dies with its whole subtree. A run lives while any of its node
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from pipesim.errors import InvariantError
 from pipesim.scheduling.runs import Run
 
 
@@ -17,6 +18,7 @@ class InFlightRun:
     run: Run
     partition: int | None = None
     live_nodes: int = 0
+    is_prefill: bool = False
     useful_rows: int = 0
     cancelled: bool = False
 
@@ -45,7 +47,9 @@ class Node:
         run.live_nodes += 1
 
     def add_child(self, token: int) -> "Node":
-        """Hangs a new node under this one."""
+        """Hangs a new node under this one. Raises InvariantError if that token hangs there already."""
+        if token in self.children:
+            raise InvariantError(f"token {token} was drafted twice at position {self.position + 1}")
         child = Node(token, self.position + 1, parent=self)
         self.children[token] = child
         return child

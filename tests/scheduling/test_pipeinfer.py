@@ -209,11 +209,12 @@ def test_a_redundant_canonical_run_is_accepted_but_useless() -> None:
 
 
 def test_recovery_raises_the_bar_with_each_micro_batch_and_a_commit_resets_it() -> None:
-    world = started(PipeInfer(p_accept=0.1, p_recovery=0.2, micro_batch=1))
+    world = started(PipeInfer(p_accept=0.1, p_split=0.3, p_recovery=0.2, micro_batch=1))
     bars = []
     for _ in range(3):
         assert world.request is not None
         bars.append(world.request.cutoff)
+        assert world.request.split == pytest.approx(world.request.cutoff + 0.2), "the bar for a fork moves along"
         world.answer_draft(chain(TRUTH[len(bars)]))
     world.compute()
     world.return_run()

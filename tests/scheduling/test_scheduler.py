@@ -12,12 +12,14 @@ from pipesim.scheduling.events import (
     RunReturned,
     StageLost,
 )
+from pipesim.scheduling.generation import Generation
 from pipesim.scheduling.policies.autoregressive import Autoregressive
 from pipesim.scheduling.policies.pipeinfer import PipeInfer
 from pipesim.scheduling.policies.speculative import Speculative
 from pipesim.scheduling.policy import Policy
 from pipesim.scheduling.runs import RunKind
 from pipesim.scheduling.scheduler import Scheduler
+from pipesim.scheduling.speculation import Node
 from pipesim.scheduling.tree import DraftTree
 
 PROMPT = [3, 1, 4, 1, 0, 2, 2, 4, 3, 0]
@@ -85,6 +87,7 @@ def test_an_aborted_generation_calls_off_and_drains_what_is_in_flight() -> None:
     world.feed(GenerationAborted("Ctrl-C"))
     assert world.finish is not None
     assert world.finish.reason is FinishReason.ABORTED
+    assert world.cancelled == {1, 2}
     assert not world.released
     world.run_to_the_end()
     assert world.outcome_counts() == {
@@ -119,6 +122,38 @@ def test_after_a_lost_stage_the_text_is_prefilled_in_the_rows_that_made_it() -> 
     assert world.emitted == plain_text(PROMPT, 12)
 
 
+def test_rows_count_as_useful_once_even_if_a_lost_stage_makes_them_come_again() -> None:
+    for lost_after in range(5):
+        world = World(Autoregressive(), PROMPT, 6, prefill_chunk=4)
+        for _ in range(lost_after):
+            world.compute()
+            world.return_run()
+        world.feed(StageLost(stage=0, reason="killed"))
+        world.queued.clear()
+        assert world.cells is not None
+        world.cells.clear()
+        world.feed(PipelineRestored())
+        world.run_to_the_end()
+        assert sum(end.useful_rows for end in world.outcomes.values()) == len(PROMPT) + 6 - 1
+
+
+def test_all_runner_ups_of_a_verified_position_count_as_verified() -> None:
+    world = World(Speculative(max_nodes=2, branches=2, split=0.0), PROMPT, 20, prefill_chunk=64)
+    world.compute()
+    world.return_run()
+    world.answer_draft(errors=[1])
+    world.compute()
+    world.return_run()
+    statistics = world.scheduler.statistics
+    assert (statistics.drafted_verified, statistics.drafted_accepted) == (2, 1)
+
+
+@pytest.mark.parametrize("field", ["kv_cells", "prefill_chunk", "prefill_window"])
+def test_limits_of_a_scheduler_are_at_least_one(field: str) -> None:
+    with pytest.raises(BadInputError, match=f"{field}: 0 is out of range"):
+        Scheduler(Autoregressive(), **{field: 0})
+
+
 def test_the_whole_text_fits_exactly_its_cells() -> None:
     world = World(PipeInfer(partitions=4), PROMPT, 10, kv_cells=len(PROMPT) + 10)
     assert world.run_to_the_end() == plain_text(PROMPT, 10)
@@ -148,6 +183,7 @@ def started() -> Scheduler:
         (RunReturned(0, None), 2.0, "was not cancelled and owes 1, but brought a void frame"),
         (RunReturned(0, (1, 2)), 2.0, "owes 1, but brought 2 predictions"),
         (RunReturned(0, (1,)), 0.5, "the clock ran back"),
+        (RunReturned(0, (1,)), float("nan"), "the clock ran back"),
         (GenerationStarted((1,), 1), 2.0, "has started already"),
     ],
 )
@@ -184,3 +220,39 @@ def test_arithmetic_that_is_not_exact_is_noticed_where_a_run_repeats_known_text(
 
 def test_the_world_computes_what_it_should() -> None:
     assert plain_text([1], 2) == [language_model([1]), language_model([1, language_model([1])])]
+
+
+class Careless(Speculative):
+    """Breaks the rules of the moves in the way that ``fault`` says."""
+
+    fault = ""
+
+    def decide(self, generation: Generation) -> None:
+        if self.fault == "asks for too much" and generation.root.run is None:
+            generation.request_draft(generation.root, self.max_nodes, self.branches + 1, 0.0, 0.0)
+        super().decide(generation)
+
+    def draft_returned(self, generation: Generation, tip: Node, tree: DraftTree) -> None:
+        if self.fault == "drafts twice":
+            tip.add_child(tree.tokens[0])
+        if self.fault == "uses a dead tip":
+            tip.alive = False
+        super().draft_returned(generation, tip, tree)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("asks for too much", "asked for 4 tokens on 2 branches"),
+        ("drafts twice", "was drafted twice at position"),
+        ("uses a dead tip", "below a dead token"),
+    ],
+)
+def test_a_policy_that_breaks_the_rules_of_the_moves_is_told_so(fault: str, message: str) -> None:
+    policy = Careless()
+    object.__setattr__(policy, "fault", fault)
+    world = World(policy, PROMPT, 20, prefill_chunk=64)
+    world.compute()
+    with pytest.raises(InvariantError, match=message):  # noqa: PT012
+        world.return_run()
+        world.answer_draft()
