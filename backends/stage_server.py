@@ -152,8 +152,9 @@ async def _answer(lease: Lease, context: _Context) -> None:
 
 async def _finish(answers: asyncio.Task[None]) -> None:
     """Lets a write under way come to its end: gRPC cannot close a stream during one."""
-    with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(asyncio.gather(answers, return_exceptions=True), 1.0)
+    await asyncio.wait((answers,), timeout=1.0)
+    if not answers.cancel() and not answers.cancelled() and (error := answers.exception()):
+        _log.debug("the last answers did not arrive: %r", error)
 
 
 async def _refuse(context: _Context, code: grpc.StatusCode, why: str) -> NoReturn:

@@ -48,7 +48,7 @@ class RunningPipeline:
         emitted: list[int] = []
         planted = None
         if known is not None:
-            planted = Planted((*prompt, *known), IidAcceptance(rate=0.7).model_dump())
+            planted = Planted((*prompt, *known), IidAcceptance(kind="iid", rate=0.7).model_dump())
         head = Head(self.pipeline, recorder, emitted.extend)
         started = GenerationStarted(tuple(prompt), new_tokens)
         self.wait(head.generate(started, sampling or Sampling(), planted))
