@@ -10,7 +10,8 @@ DEV := .venv/.installed-dev
 .PHONY: demo test lint benchmark docs clean
 
 demo: $(REAL)
-	$(BIN)/python -m analysis.demo
+	@mkdir -p out
+	$(BIN)/pipesim compare scenarios/demo.yaml --plot out/demo.png
 
 test: $(DEV)
 	$(BIN)/python -m pytest

@@ -107,13 +107,13 @@ class GrpcExecutor:
         """
         return asyncio.run(_execute(_prepare(scenario), events, on_text))
 
-    def measure(self, scenario: Scenario, repeats: int, logs: Path) -> Measurement:
+    def measure(self, scenario: Scenario, repeats: int, logs: Path, on_text: OnText | None = None) -> Measurement:
         """One pipeline: probe, plain generation, then ``repeats`` generations as the scenario has it.
 
         Raises:
             BadInputError, StageFailedError: as :meth:`execute`.
         """
-        return asyncio.run(_measure(_prepare(scenario), repeats, logs))
+        return asyncio.run(_measure(_prepare(scenario), repeats, logs, on_text))
 
     def serve_stage(self, listen: str) -> None:
         """Serves heads at ``host:port``, one after another, until interrupted.
@@ -208,13 +208,14 @@ async def _generate(job: _Job, pipeline: Pipeline, scheduler: Scheduler) -> Trac
     return recorder.trace()
 
 
-async def _measure(job: _Job, repeats: int, logs: Path) -> Measurement:
+async def _measure(job: _Job, repeats: int, logs: Path, on_text: OnText | None) -> Measurement:
     runs: list[RealResult] = []
     async with running_pipeline(job.cluster()) as pipeline:
         probe, planted = await _probe(job, pipeline)
         for number in range(repeats):
             with _log(logs, number) as events:
-                runs.append(await _stream(job, pipeline, job.scenario.scheduler(), planted, events, None))
+                hears = None if number else on_text
+                runs.append(await _stream(job, pipeline, job.scenario.scheduler(), planted, events, hears))
     return Measurement(probe, tuple(runs))
 
 

@@ -79,8 +79,13 @@ class Executor(Protocol):
     ) -> RealResult:
         """Runs a scenario for real; ``on_text`` hears text as it is committed. Writes the event log to ``events``."""
 
-    def measure(self, scenario: Scenario, repeats: int, logs: Path) -> Measurement:
-        """Probes a pipeline, then runs the scenario ``repeats`` times; leaves one event log per run in ``logs``."""
+    def measure(
+        self, scenario: Scenario, repeats: int, logs: Path, on_text: Callable[[Progress], None] | None = None
+    ) -> Measurement:
+        """Probes a pipeline, then runs the scenario ``repeats`` times; leaves one event log per run in ``logs``.
+
+        ``on_text`` hears the first run's text as it is committed.
+        """
 
     def serve_stage(self, listen: str) -> None:
         """Serves heads at ``host:port`` until interrupted."""

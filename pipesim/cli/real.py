@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from pipesim.comparison import Figure
 
 _INTERRUPTED = 130
+_TABLE_WIDTH = 112  # the table of figures does not fit 80 columns
 
 
 @contextlib.contextmanager
@@ -220,7 +222,13 @@ def compare_command(
     loaded = load(scenario, overrides, seed)
     executor = find_executor()
     with _interruptible(), tempfile.TemporaryDirectory() as folder:
-        measurement = executor.measure(loaded, repeats, Path(folder))
+        if as_json:
+            measurement = executor.measure(loaded, repeats, Path(folder))
+        else:
+            diagnostic("starting the pipeline, probing its costs and decoding plainly; then the first run's text:")
+            with TextScreen.open() as screen:
+                measurement = executor.measure(loaded, repeats, Path(folder), screen.show)
+            print()
         for log in sorted(Path(folder).iterdir()):
             if difference := replay(log):
                 raise InvariantError(f"{log.name} does not replay (I9): {difference}")
@@ -229,10 +237,13 @@ def compare_command(
     figures = compare(predicted, traces, measurement.probe.tokens)
     if plot_file:
         _plot_pair(predicted, traces[0], plot_file)
+        diagnostic(f"timelines of the prediction and the first run: {plot_file}")
     if as_json:
         print(json.dumps({"metrics": {name: dataclasses.asdict(figure) for name, figure in figures.items()}}))
         return
-    Console().print(_comparison_table(loaded, figures, repeats))
+    console = Console()
+    console.width = max(console.width, _TABLE_WIDTH)
+    console.print(_comparison_table(loaded, figures, repeats))
     probe = measurement.probe
     rows = ", ".join(str(rows) for rows in probe.rows_ms[0])
     print(
@@ -253,10 +264,11 @@ def _plot_pair(predicted: Trace, measured: Trace, path: Path) -> None:
 
 
 def _comparison_table(scenario: Scenario, figures: "dict[str, Figure]", repeats: int) -> Table:
-    table = Table(title=f"{scenario.policy.name}, seed {scenario.seed}: simulation and {repeats} real runs")
-    table.add_column("metric", style="bold")
+    title = f"{scenario.policy.name}, seed {scenario.seed}: simulation and {repeats} real runs"
+    table = Table(title=title, box=box.SIMPLE_HEAD)
+    table.add_column("metric", no_wrap=True)
     for heading in ("predicted", "measured (median)", "lowest .. highest", "difference"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for name, figure in figures.items():
         spread = "-" if figure.spread is None else f"{figure.spread[0]:.4g} .. {figure.spread[1]:.4g}"
         values = ["-" if value is None else f"{value:.4g}" for value in (figure.predicted, figure.measured)]
