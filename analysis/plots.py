@@ -46,17 +46,16 @@ def fate(run: RunRecord) -> Fate:
     return {RunKind.PREFILL: Fate.PREFILL, RunKind.CANONICAL: Fate.CANONICAL}.get(run.kind, Fate.ACCEPTED)
 
 
-def plot_timeline(trace: Trace, path: Path, start_s: float = 0.0, end_s: float | None = None) -> None:
+def plot_timeline(trace: Trace, path: Path) -> None:
     """Draws stages and drafter over time; runs are coloured by their fate, a bubble shows the row's pale ground.
 
-    Ticks on top are tokens at the user. ``start_s`` and ``end_s`` cut out a part. The file's ending (png, pdf, svg)
-    chooses the format.
+    Ticks on top are tokens at the user. The file's ending (png, pdf, svg) chooses the format.
 
     Raises:
         OSError: the file cannot be written.
         ValueError: matplotlib does not know the file's ending.
     """
-    _save([(trace, _title(trace))], path, start_s, end_s)
+    _save([(trace, _title(trace))], path)
 
 
 def plot_timelines(traces: Mapping[str, Trace], path: Path) -> None:
@@ -65,29 +64,28 @@ def plot_timelines(traces: Mapping[str, Trace], path: Path) -> None:
     Raises:
         OSError, ValueError: as :func:`plot_timeline`.
     """
-    _save([(trace, f"{name}, {_title(trace)}") for name, trace in traces.items()], path, 0.0, None)
+    _save([(trace, f"{name}, {_title(trace)}") for name, trace in traces.items()], path)
 
 
-def _save(titled: Sequence[tuple[Trace, str]], path: Path, start_s: float, end_s: float | None) -> None:
+def _save(titled: Sequence[tuple[Trace, str]], path: Path) -> None:
     ends = [span.end_s for trace, _ in titled for span in trace.spans]
     end = max([*ends, *(draft.end_s for trace, _ in titled for draft in trace.drafts), 1e-9])
-    end = end if end_s is None else min(end, end_s)
     with matplotlib.rc_context({"font.size": 8, "font.family": "sans-serif", "svg.hashsalt": "pipesim"}):
         heights = [1.5 + 0.32 * (len(trace.stages) + 2) for trace, _ in titled]
         figure = Figure(figsize=(10.0, sum(heights)), layout="constrained")
         parts = figure.subfigures(len(titled), 1, squeeze=False, height_ratios=heights)[:, 0]
         for part, (trace, title) in zip(parts, titled, strict=True):
-            _draw_timeline(part, trace, title, start_s, end)
+            _draw_timeline(part, trace, title, end)
         figure.savefig(path, dpi=200)
 
 
-def _draw_timeline(figure: SubFigure, trace: Trace, title: str, start_s: float, end: float) -> None:
-    scale, unit = (1e3, "ms") if end - start_s < 2.0 else (1.0, "s")
+def _draw_timeline(figure: SubFigure, trace: Trace, title: str, end: float) -> None:
+    scale, unit = (1e3, "ms") if end < 2.0 else (1.0, "s")
     axes = figure.add_subplot()
     rows = ["tokens", *trace.stages, "drafter"]
     axes.set_yticks(range(len(rows)), rows)
     axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.set_xlim(start_s * scale, (end + 0.003 * (end - start_s)) * scale)
+    axes.set_xlim(0.0, 1.003 * end * scale)
     axes.set_xlabel(f"time since the prompt was submitted ({unit})")
     axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)

@@ -11,6 +11,7 @@ import dataclasses
 import enum
 import functools
 import json
+import math
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -61,7 +62,7 @@ def decode(expected: Any, value: Any) -> Any:
         return int(value, 16)
     if expected is float and type(value) is int:
         return float(value)
-    if type(value) is not expected:
+    if type(value) is not expected or (expected is float and not math.isfinite(value)):
         raise ValueError(f"{getattr(expected, '__name__', expected)} was expected, not {value!r}")
     return value
 
@@ -128,46 +129,64 @@ class EventLogWriter:
         }
 
     def _put(self, line: dict[str, Any]) -> None:
-        self._stream.write(json.dumps(line, separators=(",", ":")) + "\n")
+        self._stream.write(json.dumps(line, separators=(",", ":"), allow_nan=False) + "\n")
         self._stream.flush()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Difference:
-    """The first event of a log to which a fresh scheduler answers differently. ``line`` counts from 1."""
+    """The first event of a log to which a fresh scheduler answers differently. ``line`` counts from 1.
+
+    ``replayed`` are its commands, or what it raised: an event that led to commands cannot be refused.
+    """
 
     line: int
     now: float
     event: Event
     logged: tuple[Command, ...]
-    replayed: tuple[Command, ...]
+    replayed: tuple[Command, ...] | Exception
 
     def __str__(self) -> str:
+        after = f"line {self.line}, at {self.now:.6f} s: the commands differ after {self.event}\n"
+        if isinstance(self.replayed, Exception):
+            logged = "".join(f"  logged:   {command}\n" for command in self.logged)
+            return f"{after}{logged}  replayed: refused, {type(self.replayed).__name__}: {self.replayed}"
         pairs = max(len(self.logged), len(self.replayed))
         at = next(i for i in range(pairs) if self.logged[i : i + 1] != self.replayed[i : i + 1])
         logged, replayed = (
             str(commands[at]) if at < len(commands) else "(no further command)"
             for commands in (self.logged, self.replayed)
         )
-        return (
-            f"line {self.line}, at {self.now:.6f} s: the commands differ after {self.event}\n"
-            f"  command {at + 1} logged:   {logged}\n"
-            f"  command {at + 1} replayed: {replayed}"
-        )
+        return f"{after}  command {at + 1} logged:   {logged}\n  command {at + 1} replayed: {replayed}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Replay:
+    """What became of a log: the events that agree, the first that does not, and whether the generation ended."""
+
+    events: int
+    difference: Difference | None
+    released: bool
 
 
 def replay(path: Path) -> Difference | None:
-    """Feeds a log's events to a fresh scheduler; returns the first difference between its commands and the logged ones.
+    """The first difference between a log's commands and those of a fresh scheduler; see ``replay_log``."""
+    return replay_log(path).difference
+
+
+def replay_log(path: Path) -> Replay:
+    """Feeds a log's events to a fresh scheduler, up to the first to which it answers differently.
 
     Raises:
-        BadInputError: the file cannot be read, or a line is malformed; the message names the line.
+        BadInputError: the file cannot be read, holds no event, or a line is malformed; the message names the line.
     """
     lines = _lines(path)
     try:
-        number, header = next(lines)
+        _, header = next(lines)
     except StopIteration:
         raise BadInputError(f"{path}: the file is empty, an event log was expected") from None
     scheduler = _scheduler(path, header)
+    events = 0
     for number, line in lines:
         try:
             now = decode(float, line["now"])
@@ -175,12 +194,19 @@ def replay(path: Path) -> Difference | None:
             logged: tuple[Command, ...] = decode(tuple[Command, ...], line["commands"])
         except KeyError as missing:
             raise BadInputError(f"{path}, line {number}: {missing} is missing") from None
-        except (ValueError, TypeError) as problem:
+        except (ValueError, TypeError, OverflowError) as problem:
             raise BadInputError(f"{path}, line {number}: {problem}") from None
-        replayed = tuple(scheduler.handle(event, now))
+        replayed: tuple[Command, ...] | Exception
+        try:
+            replayed = tuple(scheduler.handle(event, now))
+        except Exception as refusal:
+            replayed = refusal
         if replayed != logged:
-            return Difference(number, now, event, logged, replayed)
-    return None
+            return Replay(events, Difference(number, now, event, logged, replayed), False)
+        events += 1
+    if not events:
+        raise BadInputError(f"{path}: there is no event in it, nothing to replay")
+    return Replay(events, None, scheduler.released)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -188,14 +214,20 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         with path.open(encoding="utf-8") as stream:
             for number, text in enumerate(stream, start=1):
                 try:
-                    line = json.loads(text)
+                    line = json.loads(text, parse_constant=_refuse)
                 except ValueError as problem:
                     raise BadInputError(f"{path}, line {number}: not valid JSON ({problem})") from None
+                except RecursionError:
+                    raise BadInputError(f"{path}, line {number}: nested too deeply") from None
                 if not isinstance(line, dict):
                     raise BadInputError(f"{path}, line {number}: a JSON object was expected")
                 yield number, line
     except (OSError, UnicodeDecodeError) as problem:
         raise BadInputError(f"{path}: cannot be read as an event log ({problem})") from None
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number")
 
 
 def _scheduler(path: Path, header: dict[str, Any]) -> Scheduler:

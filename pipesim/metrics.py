@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import Any
 
 from pipesim.scheduling.commands import Outcome
+from pipesim.scheduling.runs import RunKind
 from pipesim.trace import RunRecord, Trace
 
 
@@ -27,7 +28,10 @@ class Distribution:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RunCounts:
-    """How many runs were submitted, and how they ended (I1: the four sum up to ``submitted``)."""
+    """How many runs were submitted, and how they ended.
+
+    The four sum up to ``submitted`` (I1) once all runs are home; an unfinished trace has runs without an end.
+    """
 
     submitted: int
     accepted: int
@@ -38,7 +42,7 @@ class RunCounts:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class WastedCompute:
-    """Shares of all stage time, prefill and draining included, that brought no text, by cause.
+    """Shares of all stage time, prefill and draining included, that brought no text, by cause. Prefill is no waste.
 
     ``rejected_runs``: runs that came home without a row of text. ``rejected_rows``: of accepted runs, the rows that
     are not text, each charged an equal part of its run's time. ``redundant_runs``: runs whose tokens a faster run had
@@ -138,13 +142,8 @@ def _utilization(trace: Trace, end: float) -> tuple[float, ...]:
 
 
 def _run_counts(trace: Trace) -> RunCounts:
-    outcomes = Counter(_outcome(run) for run in trace.runs)
+    outcomes = Counter(run.outcome for run in trace.runs)
     return RunCounts(len(trace.runs), *(outcomes[outcome] for outcome in Outcome))
-
-
-def _outcome(run: RunRecord) -> Outcome:
-    """A run without an outcome was in flight when the trace ended."""
-    return run.outcome or Outcome.DRAINED
 
 
 def _wasted_compute(trace: Trace) -> WastedCompute | None:
@@ -163,11 +162,12 @@ def _wasted_compute(trace: Trace) -> WastedCompute | None:
 
 def _waste(run: RunRecord) -> tuple[str, float]:
     """Under which cause a run's time is booked as wasted, and which share of it."""
-    outcome = _outcome(run)
-    if outcome is Outcome.REJECTED:
-        return "rejected_runs", 1.0
-    if outcome is not Outcome.ACCEPTED:
-        return outcome.value, 1.0
+    match run.outcome:
+        case Outcome.REJECTED:
+            return "rejected_runs", 1.0
+        case Outcome.CANCELLED | Outcome.DRAINED:
+            return run.outcome.value, 1.0
     if run.redundant:
         return "redundant_runs", 1.0
-    return "rejected_rows", 1.0 - run.useful_rows / run.rows
+    no_waste = run.outcome is None or run.kind is RunKind.PREFILL  # not known yet, or all rows are text
+    return "rejected_rows", 0.0 if no_waste else 1.0 - run.useful_rows / run.rows

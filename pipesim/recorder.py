@@ -76,6 +76,8 @@ class Recorder:
             case FinishGeneration(reason):
                 self._reason, self._finished = reason, now
             case ReleaseSession():
+                if lost := self._submitted.keys() - self._ended.keys():
+                    raise InvariantError(f"the session is over, but runs {sorted(lost)} have not ended (I1)")
                 self._drained = now
 
     def stage_span(self, stage: int, run_id: int, start: float, end: float, void: bool) -> None:

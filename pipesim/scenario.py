@@ -19,9 +19,14 @@ from pipesim.scheduling.scheduler import Scheduler
 
 
 class Section(BaseModel):
-    """Base of all sections: immutable, no unknown keys, no infinities."""
+    """Base of all sections: immutable, no unknown keys, no infinities, no quoted numbers.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+    Lists in YAML become tuples here: such fields, and paths, are the only ones that are not strict.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class Model(Section):
@@ -43,7 +48,7 @@ class _Cost(Section):
     per: Literal["stage", "layer"] = "stage"
     """Whether the times are those of the whole stage, or of each of its layers."""
     kv_us_per_kilocell: float = Field(default=0.0, ge=0)
-    """Extra time of each row for every 1000 KV cells of context that it attends to."""
+    """Extra time of each row for every 1000 KV cells of context that it attends to, itself included."""
     prefill_per_token_ms: float | None = Field(default=None, ge=0)
     """Time per prompt row in a prefill run, which takes at least a one-row run's time; null: as any other row."""
 
@@ -51,7 +56,7 @@ class _Cost(Section):
 class LinearCost(_Cost):
     """Time of a run at a stage: constant_ms + rows * per_token_ms."""
 
-    kind: Literal["linear"] = "linear"
+    kind: Literal["linear"]
     constant_ms: float = Field(gt=0)
     """Time that every run takes, whatever its rows: reading the weights."""
     per_token_ms: float = Field(default=0.0, ge=0)
@@ -120,36 +125,48 @@ class Link(Section):
     """10^9 bits per second; null: without limit."""
 
 
-class Hop(Section):
-    """A data link that differs from the others; what is null is as everywhere."""
+class OwnLink(Section):
+    """What differs from the data links in general; what is null is as there."""
 
-    hop: int = Field(ge=0)
-    """Which one: 0 is head to first stage, 1 first to second stage, ..., the last one leads home to the head."""
     latency_ms: float | None = Field(default=None, ge=0)
     """Propagation time of every message."""
     bandwidth_gbps: float | None = Field(default=None, gt=0)
     """10^9 bits per second."""
 
+    def over(self, links: Link) -> Link:
+        """The whole link."""
+        return Link(
+            latency_ms=links.latency_ms if self.latency_ms is None else self.latency_ms,
+            bandwidth_gbps=links.bandwidth_gbps if self.bandwidth_gbps is None else self.bandwidth_gbps,
+        )
+
+
+class Hop(OwnLink):
+    """A data link that differs from the others; what is null is as everywhere."""
+
+    hop: int = Field(ge=0)
+    """Which one: 0 is head to first stage, 1 first to second stage, ..., the last one leads home to the head."""
+
 
 class Links(Link):
     """All links: latency and bandwidth of the data links, and what differs."""
 
-    hops: tuple[Hop, ...] = ()
+    hops: tuple[Hop, ...] = Field(default=(), strict=False)
     """Data links that differ."""
-    control: Link | None = None
-    """Each link from the head directly to a stage, for cancellations; null: as the data links."""
-    draft: Link | None = None
-    """The links from the head to the drafter and back; null: as the data links."""
+    control: OwnLink = OwnLink()
+    """Each link from the head directly to a stage, for cancellations; what is null is as the data links."""
+    draft: OwnLink = OwnLink()
+    """The links from the head to the drafter and back; what is null is as the data links."""
 
 
 class Cluster(Section):
     """Machines, what runs on them, and the links between."""
 
-    stages: tuple[Stage, ...] = Field(min_length=1)
+    stages: tuple[Stage, ...] = Field(min_length=1, strict=False)
     """The pipeline in order."""
     drafter: Drafter
     """What drafts, and how fast."""
-    devices: tuple[Device, ...] = ()
+    devices: tuple[Device, ...] = Field(default=(), strict=False)
     """Machines that are shared, or that have several cores."""
     head: Head = Head()
     """What runs the scheduler."""
@@ -204,7 +221,7 @@ class IidAcceptance(Section):
     is higher where the candidate is right: that is all a cutoff can go by.
     """
 
-    kind: Literal["iid"] = "iid"
+    kind: Literal["iid"]
     rate: float = Field(ge=0, le=1)
     """Probability that the first candidate is what the target says."""
     runner_up: float = Field(default=0.5, ge=0, le=1)
@@ -221,7 +238,7 @@ class TraceAcceptance(Section):
     """Replays the text of a real model pair, with the drafter's candidates for every position."""
 
     kind: Literal["trace"]
-    file: Path
+    file: Path = Field(strict=False)
     """JSON: {"prompt_tokens": [..], "tokens": [..], "candidates": [[[token, confidence], ..], ..]}; candidates[i] are
     the drafter's for tokens[i], best first. Relative to the scenario file."""
 
@@ -235,9 +252,9 @@ class Execution(Section):
     drafter: str = "ngram"
     """ngram (prompt look-up), layer-skip (the target without some layers), planted (known text, wrong as often as
     acceptance.rate says), or a draft model: name or path."""
-    skip_layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    skip_layers: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(default=None, strict=False)
     """layer-skip: layers to leave out; null: every other one, the ends kept."""
-    hosts: tuple[str | None, ...] | None = None
+    hosts: tuple[str | None, ...] | None = Field(default=None, strict=False)
     """host:port of a running stage server for each stage, null to start one here; null: start all here."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of weights and activations."""
@@ -255,7 +272,7 @@ class StagePlan:
     first_layer: int
     layers: int
     device: str | None
-    cost: LinearCost | TableCost
+    cost: Cost
 
 
 class Scenario(Section):
@@ -355,13 +372,7 @@ class Scenario(Section):
         """The data links in order: head to first stage, between stages, last stage to head."""
         links = self.cluster.links
         special = {hop.hop: hop for hop in links.hops}
-        found = []
-        for index in range(len(self.stages()) + 1):
-            hop = special.get(index, Hop(hop=index))
-            latency = links.latency_ms if hop.latency_ms is None else hop.latency_ms
-            bandwidth = links.bandwidth_gbps if hop.bandwidth_gbps is None else hop.bandwidth_gbps
-            found.append(Link(latency_ms=latency, bandwidth_gbps=bandwidth))
-        return tuple(found)
+        return tuple(special.get(index, OwnLink()).over(links) for index in range(len(self.stages()) + 1))
 
     def scheduler(self) -> Scheduler:
         """A fresh scheduler with this scenario's policy and limits."""

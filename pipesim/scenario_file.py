@@ -1,6 +1,7 @@
 """Reads scenarios from YAML, applies overrides by dotted path, and explains what is wrong with them."""
 
 import difflib
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -51,13 +52,20 @@ def build_scenario(raw: dict[str, Any], source: str = "scenario") -> Scenario:
 
 
 def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Sets each ``dotted.path=value`` in ``raw``, in order. Raises BadInputError for a path that leads nowhere."""
-    split = [_split(override) for override in overrides]
-    policy = raw.get("policy")
-    for keys, value in split:
-        if keys == ["policy", "name"] and isinstance(policy, dict) and policy.get("name") != value:
-            raw["policy"] = {"name": value}
-    for override, (keys, value) in zip(overrides, split, strict=True):
+    """Sets each ``dotted.path=value`` in ``raw``, in order. Raises BadInputError for a path that leads nowhere.
+
+    Another ``policy.name`` keeps those of the policy's settings that overrides gave.
+    """
+    given: dict[str, Any] = {}
+    for override in overrides:
+        keys, value = _split(override)
+        policy = raw.get("policy")
+        if keys == ["policy"]:
+            given = {}
+        elif keys == ["policy", "name"] and isinstance(policy, dict) and policy.get("name") != value:
+            raw["policy"] = given
+        elif keys[0] == "policy":
+            given[keys[1]] = value
         _set(raw, keys, value, override)
 
 
@@ -66,9 +74,9 @@ def _split(override: str) -> tuple[list[str], Any]:
     if not equals or not all(name.split(".")):
         raise BadInputError(f"--set {override}: write it as dotted.path=value, e.g. policy.name=pipeinfer")
     try:
-        return name.split("."), yaml.load(text, _UniqueKeyLoader)
-    except yaml.YAMLError:
-        raise BadInputError(f"--set {override}: {text!r} is not a YAML value") from None
+        return name.split("."), _parse(text)
+    except ValueError as problem:
+        raise BadInputError(f"--set {override}: {text!r} is not a YAML value ({problem})") from None
 
 
 def _set(raw: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
@@ -94,8 +102,19 @@ def _set(raw: dict[str, Any], keys: list[str], value: Any, override: str) -> Non
             here = here[at]
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML takes the last of two equal keys silently; this loader refuses them."""
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, stricter: it refuses equal keys, and calls all that it cannot read a YAMLError.
+
+    It also knows numbers such as 1e-3, which PyYAML takes for text.
+    """
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, AttributeError):  # what PyYAML makes of 2024-99-99, 0x_ and !!bool maybe
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{node.value!r} is not a value of type {node.tag}", node.start_mark
+            ) from None
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -113,13 +132,42 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _parse(text: str) -> Any:
+    """Plain values from YAML, none of them shared: to set one does not change another. Raises ValueError."""
+    try:
+        return _unshared(yaml.load(text, _Loader), ())
+    except yaml.YAMLError as problem:
+        raise ValueError(" ".join(str(problem).split())) from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _unshared(value: Any, around: tuple[int, ...]) -> Any:
+    """A copy in which an anchor's value stands once for each alias; ``around`` are the ids of what it stands in."""
+    if id(value) in around:
+        raise ValueError("an alias stands inside of what it names")
+    inside = (*around, id(value))
+    if isinstance(value, dict):
+        return {key: _unshared(entry, inside) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_unshared(entry, inside) for entry in value]
+    return value
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as problem:
         raise BadInputError(f"{path}: the scenario cannot be read ({problem}): check the path") from None
-    except yaml.YAMLError as problem:
-        raise BadInputError(f"{path}: not valid YAML: {' '.join(str(problem).split())}") from None
+    try:
+        raw = _parse(text)
+    except ValueError as problem:
+        raise BadInputError(f"{path}: not valid YAML: {problem}") from None
     if not isinstance(raw, dict):
         sections = ", ".join(Scenario.model_fields)
         raise BadInputError(f"{path}: a mapping with the sections {sections} was expected")
@@ -131,8 +179,12 @@ def _explain(error: ErrorDetails) -> list[str]:
     loc, kind = error["loc"], error["type"]
     if not loc:
         return str(error["ctx"]["error"]).splitlines() if kind == "value_error" else [error["msg"]]
-    known, where = _locate(loc)
+    here, known, where = _locate(loc)
     field = ".".join(where)
+    if kind in ("union_tag_not_found", "union_tag_invalid"):
+        kinds = ", ".join(tag for one in here for tag in _kinds(one))
+        told = error["input"].get("kind") if isinstance(error["input"], dict) else None
+        return [f"{field}.kind: " + (f"there is no {told!r}" if told else "missing, add it") + f"; known: {kinds}"]
     if kind == "extra_forbidden":
         close = difflib.get_close_matches(where[-1], known, n=1)
         fix = f"did you mean {close[0]!r}?" if close else f"remove it; known: {', '.join(known)}"
@@ -143,14 +195,14 @@ def _explain(error: ErrorDetails) -> list[str]:
     return [f"{field} = {error['input']!r}: {message}"]
 
 
-def _locate(loc: tuple[int | str, ...]) -> tuple[list[str], list[str]]:
-    """The keys known beside the last item of ``loc``, and ``loc`` without the kinds that pydantic adds for unions."""
+def _locate(loc: tuple[int | str, ...]) -> tuple[list[Any], list[str], list[str]]:
+    """What may stand at ``loc``, the keys known beside it, and ``loc`` without the kinds that pydantic puts into it."""
     here: list[Any] = [Scenario]
     where: list[str] = []
     known: list[str] = []
     for item in loc:
         models = [one for one in here if isinstance(one, type) and issubclass(one, BaseModel)]
-        tagged = [one for one in models if "kind" in one.model_fields and item in _kinds(one)]
+        tagged = [one for one in models if item in _kinds(one)]
         if tagged:
             here = tagged
             continue
@@ -161,11 +213,13 @@ def _locate(loc: tuple[int | str, ...]) -> tuple[list[str], list[str]]:
             known = sorted({name for one in models for name in one.model_fields})
             fields = [one.model_fields[item] for one in models if item in one.model_fields]
             here = [member for field in fields for member in _members(field.annotation)]
-    return known, where
+    return here, known, where
 
 
-def _kinds(model: type[BaseModel]) -> tuple[Any, ...]:
-    return typing.get_args(model.model_fields["kind"].annotation)
+def _kinds(model: Any) -> tuple[Any, ...]:
+    """The kinds that choose ``model`` from its union; none for what is no such model."""
+    field = getattr(model, "model_fields", {}).get("kind")
+    return typing.get_args(field.annotation) if field else ()
 
 
 def _members(annotation: Any) -> list[Any]:

@@ -49,8 +49,11 @@ class RunRecord:
 
     @property
     def redundant(self) -> bool:
-        """Its rows agree with the text, but faster runs had already delivered all of them."""
-        return self.outcome is Outcome.ACCEPTED and not self.useful_rows
+        """Its rows agree with the text, but faster runs had already delivered all of them.
+
+        Never a prefill run: one that repeats known text, because a stage was lost, fills empty cells.
+        """
+        return self.outcome is Outcome.ACCEPTED and not self.useful_rows and self.kind is not RunKind.PREFILL
 
 
 @dataclass(frozen=True, slots=True)

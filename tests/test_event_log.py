@@ -1,4 +1,5 @@
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,17 @@ from hypothesis import strategies as st
 from scenario_builder import build
 
 from pipesim.errors import BadInputError
-from pipesim.event_log import decode, encode, replay
+from pipesim.event_log import EventLogWriter, decode, encode, replay, replay_log
 from pipesim.scheduling.commands import CancelRuns, Command, EndRun, FinishGeneration, FinishReason, Outcome, SubmitRun
-from pipesim.scheduling.events import DraftReturned, Event, GenerationAborted, PipelineRestored, RunReturned, StageLost
+from pipesim.scheduling.events import (
+    DraftReturned,
+    Event,
+    GenerationAborted,
+    GenerationStarted,
+    PipelineRestored,
+    RunReturned,
+    StageLost,
+)
 from pipesim.scheduling.runs import END, Run, RunKind, SequenceCopy, SequenceRemove
 from pipesim.scheduling.tree import DraftTree
 from pipesim.simulation.pipeline import simulate
@@ -132,6 +141,9 @@ def test_a_missing_command_is_a_difference(log: Path) -> None:
         (2, lambda c: c["event"].update(extra=7), "missing or unknown fields: extra"),
         (2, lambda c: c["commands"][0]["run"].update(kind="sideways"), "'sideways' is not a valid RunKind"),
         (2, lambda c: c["commands"][0]["run"].update(positions=[]), "one equal length"),
+        (3, lambda c: c.update(now=math.inf), "Infinity is no number"),
+        (3, lambda c: c.update(now=math.nan), "NaN is no number"),
+        (3, lambda c: c.update(now=10**400), "too large"),
         (2, lambda c: c.update(commands=[3]), "an object with a type was expected, not 3"),
     ],
 )
@@ -144,7 +156,13 @@ def test_a_malformed_line_is_refused_by_its_number(log: Path, line: int, change:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("", "empty"), ("{\n", "line 1: not valid JSON"), ("[]\n", "line 1: a JSON object")]
+    ("text", "message"),
+    [
+        ("", "empty"),
+        ("{\n", "line 1: not valid JSON"),
+        ("[]\n", "line 1: a JSON object"),
+        ("[" * 100_000 + "\n", "line 1: nested too deeply"),
+    ],
 )
 def test_a_file_that_is_no_log_is_refused(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "x.jsonl"
@@ -166,3 +184,44 @@ def test_a_log_is_complete_up_to_a_crash(tmp_path: Path) -> None:
     with path.open("w") as stream:
         simulate(build(), stream)
         assert replay(path) is None
+
+
+def test_a_log_without_events_is_refused(log: Path) -> None:
+    log.write_text(log.read_text().splitlines(keepends=True)[0])
+    with pytest.raises(BadInputError, match="no event in it"):
+        replay(log)
+
+
+def test_a_replay_counts_events_and_knows_whether_the_generation_ended(log: Path) -> None:
+    lines = log.read_text().splitlines(keepends=True)
+    whole = replay_log(log)
+    assert (whole.events, whole.difference, whole.released) == (len(lines) - 1, None, True)
+    log.write_text("".join(lines[:-1]))
+    cut = replay_log(log)
+    assert (cut.events, cut.difference, cut.released) == (len(lines) - 2, None, False)
+
+
+def test_an_event_that_the_scheduler_refuses_is_a_difference(log: Path) -> None:
+    tamper(log, 3, lambda content: content["event"].update(run_id=77))
+    difference = replay(log)
+    assert difference is not None
+    assert difference.line == 3
+    text = str(difference)
+    assert "RunReturned(run_id=77" in text
+    assert "logged:   EmitTokens" in text
+    assert "replayed: refused, InvariantError: run 77 returned" in text
+
+
+def test_a_number_beyond_all_bounds_is_no_time(log: Path) -> None:
+    lines = log.read_text().splitlines()
+    lines[2] = lines[2].replace(f'"now":{json.loads(lines[2])["now"]}', '"now":1e999')
+    log.write_text("\n".join(lines) + "\n")
+    with pytest.raises(BadInputError, match="line 3: float was expected, not inf"):
+        replay(log)
+
+
+def test_what_is_no_json_number_is_not_written(tmp_path: Path) -> None:
+    scheduler = build().scheduler()
+    scheduler.handle(GenerationStarted((1,), 4), 0.0)
+    with (tmp_path / "x").open("w") as stream, pytest.raises(ValueError, match="not JSON compliant"):
+        EventLogWriter(stream, scheduler, 1).write(math.nan, PipelineRestored(), [])

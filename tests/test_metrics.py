@@ -79,10 +79,10 @@ def test_waste_is_booked_under_its_cause() -> None:
         (Outcome.REJECTED, 1, 0),
         (Outcome.CANCELLED, 1, 0),
         (Outcome.DRAINED, 1, 0),
-        (None, 1, 0),
+        (None, 1, 0),  # not known, and not guessed
     ]
     runs = tuple(
-        RunRecord(i, RunKind.SPECULATIVE, rows, 0.0, 1.0, outcome, useful)
+        RunRecord(i, RunKind.CANONICAL, rows, 0.0, 1.0, outcome, useful)
         for i, (outcome, rows, useful) in enumerate(fates)
     )
     spans = tuple(StageSpan(0, i, float(i), i + 1.0, False) for i in range(len(fates)))
@@ -90,11 +90,18 @@ def test_waste_is_booked_under_its_cause() -> None:
     share = 1 / 7
     waste = metrics.wasted_compute_fraction
     assert waste is not None
-    assert waste.total == pytest.approx(5.75 * share)
+    assert waste.total == pytest.approx(4.75 * share)
     assert waste.rejected_rows == pytest.approx(0.75 * share)
-    assert waste.redundant_runs == waste.rejected_runs == waste.cancelled == pytest.approx(share)
-    assert waste.drained == pytest.approx(2 * share)
-    assert metrics.runs == RunCounts(7, 3, 1, 1, 2)
+    assert waste.redundant_runs == waste.rejected_runs == waste.cancelled == waste.drained == pytest.approx(share)
+    assert metrics.runs == RunCounts(7, 3, 1, 1, 1)
+
+
+def test_a_prefill_that_repeats_known_text_is_neither_redundant_nor_waste() -> None:
+    run = RunRecord(0, RunKind.PREFILL, 8, 0.0, 1.0, Outcome.ACCEPTED, 0)
+    assert not run.redundant
+    waste = compute_metrics(trace(runs=(run,), spans=(StageSpan(0, 0, 0.0, 1.0, False),))).wasted_compute_fraction
+    assert waste is not None
+    assert waste.total == 0
 
 
 def test_drafts_links_and_acceptance_are_summed() -> None:

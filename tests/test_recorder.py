@@ -3,7 +3,7 @@ from scenario_builder import build
 
 from pipesim.errors import InvariantError
 from pipesim.recorder import Recorder
-from pipesim.scheduling.commands import EndRun, Outcome
+from pipesim.scheduling.commands import EndRun, Outcome, ReleaseSession
 from pipesim.scheduling.events import GenerationAborted, GenerationStarted, RunReturned
 from pipesim.scheduling.policy import make_policy
 from pipesim.scheduling.runs import RunKind
@@ -58,6 +58,13 @@ def test_a_run_that_ends_twice_is_an_error(monkeypatch: pytest.MonkeyPatch) -> N
     recorder = started()
     monkeypatch.setattr(recorder.scheduler, "handle", lambda event, now: [EndRun(0, Outcome.ACCEPTED, 1)] * 2)
     with pytest.raises(InvariantError, match="I1"):
+        recorder.handle(RunReturned(0, (7,)), 101.0)
+
+
+def test_a_session_that_is_released_with_a_run_on_its_way_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = started()
+    monkeypatch.setattr(recorder.scheduler, "handle", lambda event, now: [ReleaseSession()])
+    with pytest.raises(InvariantError, match=r"runs \[0\] have not ended \(I1\)"):
         recorder.handle(RunReturned(0, (7,)), 101.0)
 
 

@@ -4,7 +4,7 @@ import pytest
 from scenario_builder import build
 
 from pipesim.errors import BadInputError
-from pipesim.scenario import Link, json_schema
+from pipesim.scenario import LinearCost, Link, json_schema
 from pipesim.scenario_file import load_scenario
 
 ROOT = Path(__file__).parent.parent
@@ -43,7 +43,16 @@ def test_every_scenario_that_we_ship_is_valid(path: Path) -> None:
         ("policy.name=pipinfer", "policy.name: there is no policy 'pipinfer'; did you mean 'pipeinfer'?"),
         ("policy.micro_bach=3", "policy.micro_bach: pipeinfer has no such setting; did you mean 'micro_batch'?"),
         ("policy.micro_batch=0", "policy.micro_batch: 0 is out of range"),
-        ("acceptance.kind=psychic", "acceptance = "),
+        ("acceptance.kind=psychic", "acceptance.kind: there is no 'psychic'; known: iid, trace"),
+        ("acceptance={rate: 0.5}", "acceptance.kind: missing, add it; known: iid, trace"),
+        ("cluster.stages.0.cost={constant_ms: 1}", "cluster.stages.0.cost.kind: missing, add it; known: linear, table"),
+        ("model.layers=true", "model.layers = True: input should be a valid integer"),
+        ("model.layers='12'", "model.layers = '12': input should be a valid integer"),
+        ("acceptance.rate='0.5'", "acceptance.rate = '0.5': input should be a valid number"),
+        ("acceptance.rate=true", "acceptance.rate = True: input should be a valid number"),
+        ("seed=1.0", "seed = 1.0: input should be a valid integer"),
+        ("workload.chat=1", "workload.chat = 1: input should be a valid boolean"),
+        ("cluster.stages.0.cost={kind: table, rows_ms: {1: 1, '1': 2}}", "rows_ms.1"),
         ("acceptance.rate=1.5", "acceptance.rate = 1.5: input should be less than or equal to 1"),
         ("execution.hosts=[null]", "execution.hosts: 1 hosts for 3 stages"),
         ("execution.dtype=float8", "execution.dtype = 'float8'"),
@@ -90,6 +99,12 @@ def test_a_hop_differs_only_in_what_it_says() -> None:
     assert hops == (plain, plain, Link(latency_ms=9, bandwidth_gbps=1), plain)
 
 
+def test_control_and_draft_links_differ_only_in_what_they_say() -> None:
+    links = build("cluster.links.control.latency_ms=9", "cluster.links.draft={bandwidth_gbps: 7}").cluster.links
+    assert links.control.over(links) == Link(latency_ms=9, bandwidth_gbps=1)
+    assert links.draft.over(links) == Link(latency_ms=0.5, bandwidth_gbps=7)
+
+
 def test_overrides_reach_lists_dicts_and_sections_that_are_not_there_yet() -> None:
     scenario = build(
         "cluster.stages.0.cost={kind: table, rows_ms: {1: 10, 4: 12}}",
@@ -114,6 +129,11 @@ def test_overrides_reach_lists_dicts_and_sections_that_are_not_there_yet() -> No
         ("cluster.stages.x.layers=4", "'x' is not an index"),
         ("seed.deep.down=4", "seed is 3 and has no parts"),
         ("seed=[", "is not a YAML value"),
+        ("seed=2024-99-99", "is not a YAML value ('2024-99-99' is not a value of type"),
+        ("seed=0x_", "is not a YAML value"),
+        ("seed=!!bool maybe", "is not a YAML value"),
+        ("seed=!!timestamp noon", "is not a YAML value"),
+        ("model.name=&a [*a]", "an alias stands inside of what it names"),
     ],
 )
 def test_an_override_that_leads_nowhere_is_refused(override: str, message: str) -> None:
@@ -137,7 +157,35 @@ def test_settings_for_the_new_policy_may_stand_before_or_after_its_name(tmp_path
         policy = load_scenario(path, sets).policy
         assert (policy.name, policy.model_extra) == ("speculative", {"max_nodes": 7})
     kept = load_scenario(path, ["policy.name=pipeinfer"]).policy
-    assert kept.model_extra == {"micro_batch": 4}, "the same policy keeps its settings"
+    assert kept == load_scenario(path).policy, "the same policy keeps its settings"
+
+
+def test_overrides_of_the_policy_count_in_their_order() -> None:
+    replaced = build("policy={name: pipeinfer, micro_batch: 2}", "policy.name=speculative").policy
+    assert (replaced.name, replaced.model_extra) == ("speculative", {})
+    replaced = build("policy.micro_batch=3", "policy={name: pipeinfer}", "policy.name=speculative").policy
+    assert replaced.model_extra == {}
+    again = build("policy.name=speculative", "policy={name: pipeinfer, micro_batch: 2}").policy
+    assert (again.name, again.model_extra) == ("pipeinfer", {"micro_batch": 2})
+
+
+def test_an_override_changes_nothing_but_what_it_names() -> None:
+    """Also where an alias in the YAML text gives two stages one cost."""
+    stages = "cluster.stages=[{layers: 6, cost: &c {kind: linear, constant_ms: 1}}, {layers: 6, cost: *c}]"
+    first, second = build(stages, "cluster.stages.0.cost.constant_ms=9").cluster.stages
+    assert first.cost == LinearCost(kind="linear", constant_ms=9)
+    assert second.cost == LinearCost(kind="linear", constant_ms=1)
+
+
+def test_numbers_with_an_exponent_are_numbers() -> None:
+    scenario = build("cluster.links.bandwidth_gbps=1e-3", "cluster.links.latency_ms=2E+1", "acceptance.rate=1")
+    assert (scenario.cluster.links.bandwidth_gbps, scenario.cluster.links.latency_ms) == (0.001, 20.0)
+
+
+def test_schema_and_loader_agree_that_a_kind_is_needed() -> None:
+    definitions = json_schema()["$defs"]
+    for name in ("LinearCost", "TableCost", "IidAcceptance", "TraceAcceptance"):
+        assert "kind" in definitions[name]["required"]
 
 
 @pytest.mark.parametrize(
@@ -148,6 +196,9 @@ def test_settings_for_the_new_policy_may_stand_before_or_after_its_name(tmp_path
         ("seed: 1\nseed: 2\n", "key 'seed' stands here for the second time"),
         ("[1, 2]: 3", "plain values"),
         ("{}", "model: missing, add it"),
+        ("seed: 2024-99-99", "not valid YAML: '2024-99-99' is not a value of type"),
+        ("model: " + "[" * 5000, "not valid YAML: nested too deeply"),
+        ("model: &a {name: *a}", "not valid YAML: an alias stands inside of what it names"),
     ],
 )
 def test_a_file_that_is_no_scenario_is_refused_by_name(tmp_path: Path, text: str, message: str) -> None:

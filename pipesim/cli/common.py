@@ -1,11 +1,13 @@
 """What all commands share: the application, option types, error handling, and how results are shown."""
 
 import contextlib
+import io
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any, BinaryIO, TextIO
 
 import typer
 from rich.console import Console
@@ -25,7 +27,9 @@ class _Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
+            with printing():  # what a command left in the buffer
+                return result
         except BadInputError as problem:
             diagnostic(f"error: {problem}")
             ctx.exit(2)
@@ -59,6 +63,9 @@ EventsOption = Annotated[
 ]
 
 
+PLOT_ENDINGS = (".png", ".pdf", ".svg")
+
+
 def diagnostic(message: str) -> None:
     """Prints for people, on stderr: stdout is for results."""
     print(message, file=sys.stderr)
@@ -69,18 +76,85 @@ def load(path: Path, overrides: list[str] | None, seed: int | None) -> Scenario:
     return load_scenario(path, [*(overrides or ()), *([] if seed is None else [f"seed={seed}"])])
 
 
+def check_outputs(*paths: Path | None, plot: Path | None = None) -> None:
+    """Refuses what cannot be written before hours are spent on it; touches no file. Raises BadInputError."""
+    if plot and plot.suffix.lower() not in PLOT_ENDINGS:
+        raise BadInputError(f"{plot}: the plot cannot be written, use one of the endings {', '.join(PLOT_ENDINGS)}")
+    for path in (*paths, plot):
+        if path is None:
+            continue
+        place = path if path.exists() else path.parent
+        if path.is_dir() or not os.access(place, os.W_OK):
+            fix = "it is a folder" if path.is_dir() else f"{place} is not there or may not be written to"
+            raise BadInputError(f"{path}: cannot be written, {fix}")
+
+
 @contextlib.contextmanager
 def writing(path: Path | None) -> Iterator[TextIO | None]:
-    """Opens an output file, if one is asked for. Raises BadInputError if it cannot be written."""
+    """An output file, if one is asked for. What was in it goes with the first write, not before.
+
+    Raises BadInputError at once if it plainly cannot be written, PipesimError if a write fails.
+    """
     if path is None:
         yield None
         return
-    try:
-        stream = path.open("w", encoding="utf-8")
-    except OSError as problem:
-        raise BadInputError(f"{path}: cannot be written ({problem.strerror})") from None
-    with stream:
+    check_outputs(path)
+    with io.TextIOWrapper(_OutputFile(path), encoding="utf-8") as stream:
         yield stream
+
+
+class _OutputFile(io.BufferedIOBase):
+    """Opened with the first write; failures are the project's own errors."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: BinaryIO | None = None
+
+    @property
+    def name(self) -> str:
+        return str(self._path)
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        with _failures(self.name):
+            if self._file is None:
+                self._file = self._path.open("wb")
+            return self._file.write(data)
+
+    def flush(self) -> None:
+        if self._file:
+            with _failures(self.name):
+                self._file.flush()
+
+    def close(self) -> None:
+        file, self._file = self._file, None
+        super().close()
+        if file:
+            with _failures(self.name):
+                file.close()
+
+
+@contextlib.contextmanager
+def _failures(name: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as problem:
+        raise PipesimError(f"{name}: cannot be written ({problem.strerror})") from None
+
+
+@contextlib.contextmanager
+def printing() -> Iterator[None]:
+    """Printing a result on stdout: it is out at the end, or PipesimError. A reader that left is click's to handle."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as problem:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter tries again at its end
+        raise PipesimError(f"stdout: cannot be written ({problem.strerror})") from None
 
 
 def result(trace: Trace, metrics: Metrics, text: str | None = None) -> dict[str, Any]:
@@ -94,30 +168,30 @@ def result(trace: Trace, metrics: Metrics, text: str | None = None) -> dict[str,
 def report(
     trace: Trace, *, as_json: bool, trace_file: Path | None, plot_file: Path | None, text: str | None = None
 ) -> None:
-    """Writes the files that were asked for and shows the result; exits with status 1 unless all tokens are there."""
+    """Shows the result and writes the files that were asked for; exits with status 1 unless all tokens are there."""
     metrics = compute_metrics(trace)
+    with printing():
+        if as_json:
+            print(json.dumps(result(trace, metrics, text), allow_nan=False))
+        else:
+            Console().print(metrics_table(trace, metrics))
     with writing(trace_file) as stream:
         if stream:
             write_perfetto(trace, stream)
     if plot_file:
         plot(trace, plot_file)
-    if as_json:
-        print(json.dumps(result(trace, metrics, text)))
-    else:
-        Console().print(metrics_table(trace, metrics))
     if not trace.complete:
         diagnostic(f"error: the generation ended early, after {len(trace.tokens)} tokens ({trace.finish_reason})")
         raise typer.Exit(1)
 
 
 def plot(trace: Trace, path: Path) -> None:
-    """Draws the timeline. Raises BadInputError for a file name that cannot be written or has an unknown ending."""
+    """Draws the timeline. Raises BadInputError for a file name that cannot be right, PipesimError if writing fails."""
     from analysis.plots import plot_timeline  # drawing libraries take a second to load
 
-    try:
+    check_outputs(plot=path)
+    with _failures(str(path)):
         plot_timeline(trace, path)
-    except (OSError, ValueError) as problem:
-        raise BadInputError(f"{path}: the plot cannot be written ({problem})") from None
 
 
 def metrics_table(trace: Trace, metrics: Metrics) -> Table:

@@ -15,12 +15,14 @@ from pipesim.cli.common import (
     SetOption,
     TraceOption,
     app,
+    check_outputs,
     diagnostic,
     load,
+    printing,
     report,
     writing,
 )
-from pipesim.event_log import replay
+from pipesim.event_log import replay_log
 from pipesim.scenario import json_schema
 
 
@@ -41,6 +43,7 @@ def simulate_command(
     from pipesim.simulation.pipeline import simulate  # other commands need not wait for it to load
 
     loaded = load(scenario, overrides, seed)
+    check_outputs(trace, events, plot=plot)
     with writing(events) as stream:
         outcome = simulate(loaded, stream)
     report(outcome, as_json=as_json, trace_file=trace, plot_file=plot)
@@ -52,15 +55,19 @@ def replay_command(
 ) -> None:
     """Feed a logged generation to a fresh scheduler: it must give the logged commands exactly.
 
-    Exit status 1 and both commands are shown if it does not.
+    Exit status 1 and both commands are shown if it does not; status 1, too, for a log that was cut off.
 
     Example: pipesim simulate scenarios/demo.yaml --events out.jsonl && pipesim replay out.jsonl
     """
-    difference = replay(events)
-    if difference:
-        print(difference)
+    outcome = replay_log(events)
+    if outcome.difference:
+        with printing():
+            print(outcome.difference)
         raise typer.Exit(1)
-    diagnostic(f"{events}: a fresh scheduler gives the same commands")
+    if not outcome.released:
+        diagnostic(f"{events}: {outcome.events} events agree; the log ends before the generation did")
+        raise typer.Exit(1)
+    diagnostic(f"{events}: {outcome.events} events, and a fresh scheduler gives the same commands")
 
 
 @app.command("schema")
@@ -69,4 +76,5 @@ def schema_command() -> None:
 
     Example: pipesim schema > scenario.schema.json
     """
-    print(json.dumps(json_schema(), indent=2))
+    with printing():
+        print(json.dumps(json_schema(), indent=2))

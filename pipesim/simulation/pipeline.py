@@ -1,7 +1,7 @@
 """The simulated world around a scheduler: head, links, stages and drafter in virtual time.
 
-The head hears one event at a time: the scheduler decides when the head takes the event up, and the commands leave
-``overhead_ms`` later. Time is whole nanoseconds, nothing is random: the same scenario gives the same bytes.
+The head hears one event at a time. Handling one takes ``overhead_ms``; at the end of it the scheduler decides, commands
+leave and tokens reach the user. Time is whole nanoseconds, nothing is random: the same scenario gives the same bytes.
 """
 
 from collections import deque
@@ -21,6 +21,9 @@ from pipesim.simulation.drafter import DrafterServer, DraftJob
 from pipesim.simulation.links import HEADER_BYTES, LinkModel, draft_bytes, tokens_bytes
 from pipesim.simulation.stage import Frame, StageServer
 from pipesim.trace import Trace
+
+_EVENTS_AT_ONCE = 100_000
+"""More events in a row that take no time are a standstill: void frames pass through whole pipelines with far fewer."""
 
 
 def simulate(scenario: Scenario, events: TextIO | None = None) -> Trace:
@@ -62,9 +65,9 @@ class Simulation:
 
         names = ["head", *(plan.name for plan in plans), "head"]
         self._hops = [LinkModel(f"{names[i]} to {names[i + 1]}", link) for i, link in enumerate(scenario.hops())]
-        control = cluster.links.control or cluster.links
+        control = cluster.links.control.over(cluster.links)
         self._controls = [LinkModel(f"head to {plan.name} (control)", control) for plan in plans]
-        draft = cluster.links.draft or cluster.links
+        draft = cluster.links.draft.over(cluster.links)
         self._to_drafter, self._from_drafter = LinkModel("head to drafter", draft), LinkModel("drafter to head", draft)
 
         self.stages: list[StageServer] = []
@@ -86,11 +89,17 @@ class Simulation:
 
     def run(self) -> Trace:
         """Carries the generation out to its end."""
-        self._hear(self._event)
-        scheduler, step = self.recorder.scheduler, self.clock.step
+        self._carry_out(self.recorder.handle(self._event, 0.0))
+        scheduler, clock = self.recorder.scheduler, self.clock
+        instant = events = 0
         while not scheduler.released:
-            if not step():
+            if not clock.step():
                 raise InvariantError(f"the simulation came to a standstill (I7)\n{self}")
+            events = events + 1 if clock.now == instant else 0
+            instant = clock.now
+            if events > _EVENTS_AT_ONCE:
+                where = f"at {instant / 1e9} s, where {events} events took no time"
+                raise InvariantError(f"the simulation came to a standstill {where} (I7)\n{self}")
         for link in (*self._hops, *self._controls, self._to_drafter, self._from_drafter):
             self.recorder.link_sent(link.name, link.sent_bytes)
         return self.recorder.trace()
@@ -101,14 +110,20 @@ class Simulation:
         self._heard.append(event)
         if not self._busy:
             self._busy = True
-            self._device.acquire(self._decide)
+            self._device.acquire(self._take_up)
 
-    def _decide(self) -> None:
-        commands = self.recorder.handle(self._heard.popleft(), self.clock.now / 1e9)
-        self.clock.at(self.clock.now + self._overhead, self._act, commands)
+    def _take_up(self) -> None:
+        self.clock.at(self.clock.now + self._overhead, self._decide)
 
-    def _act(self, timeout: Timeout) -> None:
-        commands: list[Command] = timeout._value
+    def _decide(self, _: Timeout) -> None:
+        self._carry_out(self.recorder.handle(self._heard.popleft(), self.clock.now / 1e9))
+        self._device.release()
+        if self._heard:
+            self._device.acquire(self._take_up)
+        else:
+            self._busy = False
+
+    def _carry_out(self, commands: list[Command]) -> None:
         for command in commands:
             match command:
                 case SubmitRun(run):
@@ -123,11 +138,6 @@ class Simulation:
                         self.clock.at(link.send(self.clock.now, size), stage.cancel, run_ids)
                 case EmitTokens(_, tokens):
                     self._text.extend(tokens)
-        self._device.release()
-        if self._heard:
-            self._device.acquire(self._decide)
-        else:
-            self._busy = False
 
     def _request_draft(self, request: RequestDraft) -> None:
         """Sends the request with the text that the drafter has not seen yet."""

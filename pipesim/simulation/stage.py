@@ -17,7 +17,7 @@ from pipesim.simulation.links import metadata_bytes
 class Frame:
     """A run on its way. ``void``: it is dead, its activations stayed behind."""
 
-    __slots__ = ("kv_length", "live_bytes", "run", "run_id", "void", "void_bytes")
+    __slots__ = ("context", "live_bytes", "run", "run_id", "void", "void_bytes")
 
     def __init__(self, run: Run, row_bytes: int) -> None:
         self.run = run
@@ -25,7 +25,7 @@ class Frame:
         self.void = False
         self.void_bytes = metadata_bytes(run)
         self.live_bytes = self.void_bytes + run.rows * row_bytes  # between stages: with activations
-        self.kv_length = max(run.positions) + 1
+        self.context = sum(run.positions) / run.rows + 1  # a row at position p attends to p + 1 cells
 
 
 class StageServer:
@@ -65,9 +65,9 @@ class StageServer:
         run_ids: Sequence[int] = timeout._value
         self._dead.update(run_id for run_id in run_ids if run_id > self._last_id)
         current = self._current
-        if current is not None and self._start >= 0 and current.run_id in run_ids:
+        if current is not None and self._end > self._start >= 0 and current.run_id in run_ids:
             duration = self._end - self._start
-            done = -(-(self._clock.now - self._start) * self._layers // duration) if duration else self._layers
+            done = -(-(self._clock.now - self._start) * self._layers // duration)
             boundary = self._start - (-done * duration // self._layers)
             if boundary < self._end:
                 self._end = boundary
@@ -88,7 +88,7 @@ class StageServer:
         run, now = frame.run, self._clock.now
         self._start = now
         dead = run.run_id in self._dead  # it may have died while it waited for the core
-        self._end = now if dead else now + round(self._seconds(run.kind, run.rows, frame.kv_length) * 1e9)
+        self._end = now if dead else now + max(1, round(self._seconds(run.kind, run.rows, frame.context) * 1e9))
         self._clock.at(self._end, self._finish)
 
     def _finish(self, _: Timeout) -> None:

@@ -1,10 +1,19 @@
 import json
+import subprocess
+import sys
+from dataclasses import replace
+from math import nan
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
 
 from pipesim.cli import app
+from pipesim.metrics import compute_metrics
+from pipesim.scheduling.commands import FinishReason
+from pipesim.simulation.pipeline import simulate
+from pipesim.trace import Trace
 
 ROOT = Path(__file__).parent.parent.parent
 DEMO = str(ROOT / "scenarios" / "demo.yaml")
@@ -61,7 +70,8 @@ def test_files_that_were_asked_for_are_written(tmp_path: Path) -> None:
     assert plot.read_bytes().startswith(b"\x89PNG")
     replayed = call("replay", str(events))
     assert replayed.exit_code == 0
-    assert "same commands" in replayed.stderr
+    events_count = len(events.read_text().splitlines()) - 1
+    assert f"{events_count} events, and a fresh scheduler gives the same commands" in replayed.stderr
 
 
 def test_replay_shows_the_first_difference_and_fails(tmp_path: Path) -> None:
@@ -75,6 +85,77 @@ def test_replay_shows_the_first_difference_and_fails(tmp_path: Path) -> None:
     assert "replayed:" in result.stdout
 
 
+def test_a_log_that_ends_before_the_generation_is_no_success(tmp_path: Path) -> None:
+    events = tmp_path / "e.jsonl"
+    call("simulate", DEMO, *SHORT, "--events", str(events))
+    events.write_text("".join(events.read_text().splitlines(keepends=True)[:4]))
+    result = call("replay", str(events))
+    assert result.exit_code == 1
+    assert "3 events agree; the log ends before the generation did" in result.stderr
+
+
+@pytest.mark.parametrize("wrong", ["acceptance=null", "cluster.kv_cells=4", "model.hidden=0"])
+def test_a_log_survives_a_scenario_that_cannot_be_simulated(tmp_path: Path, wrong: str) -> None:
+    events = tmp_path / "e.jsonl"
+    events.write_text("precious")
+    assert call("simulate", DEMO, "--events", str(events), "--set", wrong).exit_code == 2
+    assert events.read_text() == "precious"
+    fresh = tmp_path / "fresh.jsonl"
+    assert call("simulate", DEMO, "--events", str(fresh), "--set", wrong).exit_code == 2
+    assert not fresh.exists()
+
+
+def test_nothing_is_simulated_for_files_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipesim.simulation.pipeline.simulate", lambda *_: pytest.fail("simulated"))
+    for option, path in (("--trace", "/nowhere/t"), ("--events", "/nowhere/t"), ("--plot", "t.docx")):
+        assert call("simulate", DEMO, option, path).exit_code == 2
+
+
+@pytest.mark.parametrize("option", ["--trace", "--plot", "--events"])
+def test_a_full_disk_is_one_message_and_status_1(tmp_path: Path, option: str) -> None:
+    full = tmp_path / "full.png"
+    full.symlink_to("/dev/full")
+    result = call("simulate", DEMO, *SHORT, "--json", option, str(full))
+    assert result.exit_code == 1
+    assert result.stderr == f"error: {full}: cannot be written (No space left on device)\n"
+    if option != "--events":
+        assert json.loads(result.stdout)["tokens"], "the result is not lost with the picture"
+
+
+def test_a_result_that_cannot_be_printed_is_one_message_and_status_1() -> None:
+    for arguments in (["simulate", DEMO, *SHORT, "--json"], ["simulate", DEMO, *SHORT], ["schema"]):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(
+                [sys.executable, "-c", "from pipesim.cli import main; main()", *arguments],
+                stdout=full,
+                stderr=subprocess.PIPE,
+                text=True,
+                check=False,
+            )
+        assert done.returncode == 1
+        assert done.stderr == "error: stdout: cannot be written (No space left on device)\n"
+
+
+def test_a_defect_of_the_drawing_code_is_no_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise ValueError("a defect")
+
+    monkeypatch.setattr("analysis.plots.plot_timeline", broken)
+    result = call("simulate", DEMO, *SHORT, "--plot", str(tmp_path / "t.png"))
+    assert isinstance(result.exception, ValueError)
+
+
+def test_an_incomplete_generation_is_shown_and_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def aborted(*arguments: Any) -> Trace:
+        return replace(simulate(*arguments), finish_reason=FinishReason.ABORTED)
+
+    monkeypatch.setattr("pipesim.simulation.pipeline.simulate", aborted)
+    result = call("simulate", DEMO, *SHORT, "--json")
+    assert result.exit_code == 1
+    assert len(json.loads(result.stdout)["tokens"]) == 6
+    assert "error: the generation ended early, after 6 tokens (aborted)" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -84,8 +165,10 @@ def test_replay_shows_the_first_difference_and_fails(tmp_path: Path) -> None:
         (["simulate", DEMO, "--set", "cluster.kv_cells=4"], "kv_cells: 4 cells cannot hold"),
         (["simulate", DEMO, "--trace", "/nowhere/t.json"], "/nowhere/t.json: cannot be written"),
         (["simulate", DEMO, "--events", "/nowhere/t.json"], "/nowhere/t.json: cannot be written"),
-        (["simulate", DEMO, "--plot", "/nowhere/t.png"], "/nowhere/t.png: the plot cannot be written"),
+        (["simulate", DEMO, "--plot", "/nowhere/t.png"], "/nowhere/t.png: cannot be written"),
         (["simulate", DEMO, "--plot", "t.docx"], "t.docx: the plot cannot be written"),
+        (["simulate", DEMO, "--plot", str(ROOT)], "use one of the endings .png, .pdf, .svg"),
+        (["simulate", DEMO, "--trace", str(ROOT)], "cannot be written, it is a folder"),
         (["replay", "nowhere.jsonl"], "nowhere.jsonl: cannot be read as an event log"),
     ],
 )
@@ -117,4 +200,12 @@ def test_schema_is_json_schema() -> None:
 def test_help_shows_an_example(command: str) -> None:
     result = call(command, "--help")
     assert result.exit_code == 0
-    assert f"Example: pipesim {command}" in " ".join(result.stdout.split()) or "Example:" in result.stdout
+    _, example = " ".join(result.stdout.split()).split("Example: ")
+    assert f"pipesim {command}" in example
+
+
+def test_what_is_no_json_number_is_not_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipesim.cli.common.compute_metrics", lambda trace: replace(compute_metrics(trace), ttft_s=nan))
+    result = call("simulate", DEMO, *SHORT, "--json")
+    assert isinstance(result.exception, ValueError)
+    assert not result.stdout

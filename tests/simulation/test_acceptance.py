@@ -18,7 +18,7 @@ MANY = 4000
 
 
 def truth(seed: int = 1, **settings: Any) -> IidTruth:
-    return IidTruth(IidAcceptance(**{"rate": 0.7, **settings}), seed, prompt_tokens=4, vocabulary=1000)
+    return IidTruth(IidAcceptance(**{"kind": "iid", "rate": 0.7, **settings}), seed, prompt_tokens=4, vocabulary=1000)
 
 
 def drafts(world: IidTruth) -> list[tuple[int, list[tuple[int, float]]]]:
@@ -61,11 +61,20 @@ def test_confidence_tells_right_from_wrong_and_stays_a_probability() -> None:
         assert first + second <= 1
 
 
+def test_a_second_candidate_that_is_right_gets_the_upper_half_of_the_confidence_that_is_left() -> None:
+    found = drafts(truth(confidence_right=0.6, confidence_wrong=0.6, confidence_spread=0.0))
+    right = [second for token, (_, (candidate, second)) in found if candidate == token]
+    wrong = [second for token, (_, (candidate, second)) in found if candidate != token]
+    assert min(right) >= 0.2 > max(wrong)
+    assert fmean(right) == pytest.approx(0.3, abs=0.01)
+    assert fmean(wrong) == pytest.approx(0.1, abs=0.01)
+
+
 @given(st.integers(0, 2**40), st.integers(0, 10**5), st.integers(0, 2**31), st.integers(3, 50000))
 def test_the_two_candidates_differ_and_lie_in_the_vocabulary(
     seed: int, position: int, previous: int, size: int
 ) -> None:
-    world = IidTruth(IidAcceptance(rate=0.5), seed, prompt_tokens=1, vocabulary=size)
+    world = IidTruth(IidAcceptance(kind="iid", rate=0.5), seed, prompt_tokens=1, vocabulary=size)
     (first, _), (second, _) = world.candidates(position, previous)
     assert first != second
     assert {first, second, world.next(position, previous)} <= set(range(size))

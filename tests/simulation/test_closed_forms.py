@@ -35,6 +35,15 @@ def test_head_overhead_is_paid_once_per_event() -> None:
     assert metrics.itl_s.mean == pytest.approx(round_trip_s() + 3e-3, abs=1e-8)
 
 
+def test_a_token_is_at_the_user_when_the_head_has_handled_the_run() -> None:
+    trace = simulate(build("policy.name=autoregressive", "cluster.head.overhead_ms=3"))
+    home = round_trip_s(rows=8, kv_operations=0)
+    assert trace.emissions[0].time_s == pytest.approx(home + 3e-3, abs=1e-8)
+    last = max(span.end_s for span in trace.spans if span.run_id == 0)
+    assert trace.emissions[0].time_s - last > 3e-3 + 0.5e-3, "one link and the head"
+    assert trace.runs[1].submitted_s == trace.emissions[0].time_s, "what follows from it leaves at the same time"
+
+
 def test_stages_of_autoregressive_decoding_idle_while_the_others_work() -> None:
     metrics = compute_metrics(simulate(build("policy.name=autoregressive", NO_LINKS)))
     assert metrics.stage_utilization == pytest.approx([1 / 3] * 3)

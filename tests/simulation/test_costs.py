@@ -1,8 +1,9 @@
 import pytest
 
 from pipesim.scenario import LinearCost, StagePlan, TableCost
-from pipesim.scheduling.runs import RunKind
+from pipesim.scheduling.runs import Run, RunKind
 from pipesim.simulation.costs import make_cost_model
+from pipesim.simulation.stage import Frame
 
 DECODE, PREFILL = RunKind.CANONICAL, RunKind.PREFILL
 
@@ -12,13 +13,13 @@ def seconds(cost: LinearCost | TableCost, rows: int, kv_length: int = 0, kind: R
 
 
 def test_linear() -> None:
-    cost = LinearCost(constant_ms=10, per_token_ms=2, kv_us_per_kilocell=500)
+    cost = LinearCost(kind="linear", constant_ms=10, per_token_ms=2, kv_us_per_kilocell=500)
     assert seconds(cost, 3) == pytest.approx(0.016)
     assert seconds(cost, 3, kv_length=2000) == pytest.approx(0.016 + 3 * 2 * 500e-6)
 
 
 def test_per_layer_costs_are_multiplied_by_the_layers() -> None:
-    assert seconds(LinearCost(constant_ms=1, per_token_ms=1, per="layer"), 1) == pytest.approx(5 * 0.002)
+    assert seconds(LinearCost(kind="linear", constant_ms=1, per_token_ms=1, per="layer"), 1) == pytest.approx(5 * 0.002)
     assert seconds(TableCost(kind="table", rows_ms={1: 2}, per="layer"), 1) == pytest.approx(5 * 0.002)
 
 
@@ -41,7 +42,7 @@ def test_a_table_may_have_one_entry() -> None:
 
 
 def test_prompt_rows_have_their_own_price_but_never_less_than_one_row_costs() -> None:
-    linear = LinearCost(constant_ms=10, per_token_ms=2, prefill_per_token_ms=0.5)
+    linear = LinearCost(kind="linear", constant_ms=10, per_token_ms=2, prefill_per_token_ms=0.5)
     table = TableCost(kind="table", rows_ms={1: 12, 4: 18}, prefill_per_token_ms=0.5)
     for cost in (linear, table):
         assert seconds(cost, 64, kind=PREFILL) == pytest.approx(32e-3)
@@ -50,5 +51,11 @@ def test_prompt_rows_have_their_own_price_but_never_less_than_one_row_costs() ->
 
 
 def test_without_a_price_prompt_rows_cost_what_others_cost() -> None:
-    cost = LinearCost(constant_ms=10, per_token_ms=2)
+    cost = LinearCost(kind="linear", constant_ms=10, per_token_ms=2)
     assert seconds(cost, 7, kind=PREFILL) == seconds(cost, 7)
+
+
+def test_prompt_rows_attend_to_half_the_prompt_on_average() -> None:
+    """A row at position p attends to p + 1 cells: rows 4 .. 7 to 6.5 on average."""
+    frame = Frame(Run(0, 0, PREFILL, (1,) * 4, (4, 5, 6, 7), (1,) * 4), row_bytes=4)
+    assert frame.context == 6.5

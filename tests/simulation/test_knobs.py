@@ -2,6 +2,7 @@
 
 import typing
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from scenario_builder import build
 from pipesim.metrics import compute_metrics
 from pipesim.scenario import Scenario
 from pipesim.scenario_file import _members
+from pipesim.scheduling.policy import policy_class, policy_names
 from pipesim.simulation.pipeline import simulate
 
 SHARED = ["cluster.devices=[{name: box, cores: 2}]", "cluster.stages.0.device=box", "cluster.drafter.device=box"]
@@ -112,37 +114,45 @@ def test_moving_a_knob_moves_a_metric(knob: str) -> None:
         assert figures(*context) != figures(*context, move)
 
 
-SETTINGS = {
-    "pipeinfer": [
-        "micro_batch=2",
-        "branches=3",
-        "p_accept=0.7",
-        "p_recovery=0.3",
-        "partitions=2",
-        "asynchronous=false",
-        "continuous=false",
-        "multibuffering=false",
-        "cancellation=false",
-        "always_canonical=true",
-    ],
-    "speculative": ["max_nodes=2", "branches=2", "cutoff=0.7"],
+SETTINGS: dict[str, dict[str, list[str]]] = {
+    # policy: {setting: [context..., the move]}
+    "autoregressive": {},
+    "pipeinfer": {
+        "micro_batch": ["micro_batch=2"],
+        "branches": ["p_split=0.02", "branches=3"],
+        "p_accept": ["p_accept=0.7"],
+        "p_split": ["branches=2", "p_split=0.02"],
+        "p_recovery": ["p_recovery=0.3"],
+        "p_decay": ["p_accept=0.9", "p_decay=0.2"],
+        "partitions": ["partitions=2"],
+        "asynchronous": ["asynchronous=false"],
+        "continuous": ["continuous=false"],
+        "multibuffering": ["multibuffering=false"],
+        "cancellation": ["cancellation=false"],
+        "always_canonical": ["always_canonical=true"],
+    },
+    "speculative": {
+        "max_nodes": ["max_nodes=2"],
+        "branches": ["split=0.02", "branches=2"],
+        "cutoff": ["cutoff=0.7"],
+        "split": ["branches=2", "split=0.02"],
+    },
 }
+MOVED = [(policy, setting) for policy, settings in SETTINGS.items() for setting in settings]
 
 
-@pytest.mark.parametrize(("policy", "move"), [(policy, move) for policy, moves in SETTINGS.items() for move in moves])
-def test_moving_a_policy_setting_moves_a_metric(policy: str, move: str) -> None:
-    bars = "p_split=0.02" if policy == "pipeinfer" else "split=0.02"
-    context = [f"policy.name={policy}", f"policy.{bars}"]
-    assert figures(*context) != figures(*context, f"policy.{move}")
+def test_every_setting_of_every_policy_is_listed() -> None:
+    classes = {name: policy_class(name) for name in policy_names()}
+    ours = {name: one for name, one in classes.items() if one.__module__.startswith("pipesim.")}  # not other tests'
+    found = {name: {field.name for field in fields(one)} for name, one in ours.items()}  # type: ignore[arg-type]
+    assert found == {name: set(settings) for name, settings in SETTINGS.items()}
 
 
-def test_moving_split_or_decay_moves_a_metric() -> None:
-    forks = ["policy.branches=2", "policy.p_split=0.02"]
-    assert figures(*forks) != figures(*forks, "policy.p_split=0.3")
-    cautious = ["policy.p_accept=0.9"]
-    assert figures(*cautious) != figures(*cautious, "policy.p_decay=0.2")
-    tree = ["policy={name: speculative, branches: 2, split: 0.02}"]
-    assert figures(*tree) != figures(*tree, "policy.split=0.4")
+@pytest.mark.parametrize(("policy", "setting"), MOVED)
+def test_moving_a_policy_setting_moves_a_metric(policy: str, setting: str) -> None:
+    *context, move = SETTINGS[policy][setting]
+    sets = [f"policy.{one}" for one in (f"name={policy}", *context)]
+    assert figures(*sets) != figures(*sets, f"policy.{move}")
 
 
 def test_the_knob_walk_sees_unions_and_lists() -> None:

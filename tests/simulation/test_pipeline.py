@@ -1,5 +1,8 @@
 import io
 import itertools
+import json
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -7,7 +10,13 @@ from hypothesis import strategies as st
 from scenario_builder import build
 
 from pipesim.errors import InvariantError
-from pipesim.scheduling.commands import Outcome
+from pipesim.event_log import decode
+from pipesim.scheduling.commands import CancelRuns, Command, Outcome, RequestDraft, SubmitRun
+from pipesim.scheduling.runs import Run
+from pipesim.simulation.acceptance import make_truth
+from pipesim.simulation.devices import Clock, Device
+from pipesim.simulation.drafter import DrafterServer, DraftJob
+from pipesim.simulation.links import HEADER_BYTES, TOKEN_BYTES, metadata_bytes
 from pipesim.simulation.pipeline import simulate
 from pipesim.simulation.stage import StageServer
 from pipesim.trace import Trace
@@ -141,6 +150,85 @@ def test_a_standstill_is_an_error_that_says_who_waits_for_whom(monkeypatch: pyte
     assert "head: waits for runs [0]" in message
     assert "stage 2: idle" in message
     assert "drafter: idle" in message
+
+
+def test_events_without_end_at_one_instant_are_a_standstill() -> None:
+    """Empty drafts that cost no time, with a bar that falls by next to nothing."""
+    sets = ["cluster.drafter.level_ms=0", "cluster.links={}", "acceptance.confidence_spread=0"]
+    with pytest.raises(
+        InvariantError, match=r"standstill at [0-9.]+ s, where \d+ events took no time \(I7\)\n.*head: waits"
+    ):
+        simulate(build(*sets, "policy={name: pipeinfer, p_accept: 0.9, p_decay: 1e-9}"))
+
+
+def logged(*sets: str) -> tuple[Trace, list[Any], dict[int, Run]]:
+    """A trace, the commands other than SubmitRun, and the runs."""
+    log, trace = serialised(*sets)
+    lines = [json.loads(line) for line in log.splitlines()[1:]]
+    commands = [decode(Command, command) for line in lines for command in line["commands"]]
+    runs = {command.run.run_id: command.run for command in commands if isinstance(command, SubmitRun)}
+    return trace, commands, runs
+
+
+BUSY = ("acceptance.rate=0.4", "policy.branches=2", "policy.p_split=0.05", "workload.max_new_tokens=80")
+
+
+def test_a_request_carries_the_text_that_the_drafter_has_not_seen_and_the_path() -> None:
+    trace, commands, _ = logged(*BUSY)
+    requests = [command for command in commands if isinstance(command, RequestDraft)]
+    tokens = max(request.frontier for request in requests) + sum(len(request.path) for request in requests)
+    assert any(request.path for request in requests)
+    assert trace.link_bytes["head to drafter"] == HEADER_BYTES * len(requests) + TOKEN_BYTES * tokens
+
+
+def test_an_answer_carries_token_parent_and_confidence_of_each_node() -> None:
+    trace, *_ = logged(*BUSY)
+    answers = [draft.tokens for draft in trace.drafts if draft.tokens]
+    abandoned = [draft for draft in trace.drafts if not draft.tokens]
+    assert abandoned, "they send nothing"
+    assert trace.link_bytes["drafter to head"] == sum(HEADER_BYTES + 3 * TOKEN_BYTES * tokens for tokens in answers)
+
+
+def test_a_cancellation_carries_its_run_ids_to_every_stage() -> None:
+    trace, commands, _ = logged(*BUSY)
+    sizes = [HEADER_BYTES + TOKEN_BYTES * len(one.run_ids) for one in commands if isinstance(one, CancelRuns)]
+    assert len(set(sizes)) > 1
+    for stage in range(3):
+        assert trace.link_bytes[f"head to stage {stage} (control)"] == sum(sizes)
+
+
+def test_void_frames_leave_their_activations_behind() -> None:
+    trace, _, runs = logged(*BUSY)
+    for stage, link in ((0, "stage 0 to stage 1"), (1, "stage 1 to stage 2")):
+        live = {span.run_id for span in trace.spans if span.stage == stage and not span.void}
+        assert 0 < len(live) < len(runs)
+        rows = sum(runs[run_id].rows for run_id in live)
+        assert trace.link_bytes[link] == sum(map(metadata_bytes, runs.values())) + rows * 64 * 4
+
+
+def test_the_drafter_reads_the_prompt_once() -> None:
+    trace = simulate(build("cluster.drafter.prefill_per_token_ms=1", "policy.name=speculative"))
+    first, *others = [draft.end_s - draft.start_s for draft in trace.drafts]
+    assert first == pytest.approx(8e-3 + 4 * 2e-3)
+    assert others[:-1] == pytest.approx([4 * 2e-3] * (len(others) - 1))
+
+
+def test_a_drafter_that_waited_for_a_core_drafts_for_the_newest_request() -> None:
+    clock, device, spans, answers = Clock(), Device("d", 1), [], []
+    scenario = build()
+    recorder: Any = SimpleNamespace(draft_span=lambda *span: spans.append(span))
+    drafter = DrafterServer(
+        clock, scenario.cluster.drafter, device, make_truth(scenario), recorder, lambda draft: answers.append(draft)
+    )
+    device.acquire(lambda: None)  # somebody else's work
+    for at, request_id in ((0, 4), (1, 5)):
+        request = RequestDraft(request_id, 8, (), 4, 1, 0.0, 1.0)
+        clock.at(at, drafter.arrive, DraftJob(request, 0))
+    clock.at(10, lambda _: device.release())
+    while clock.step():
+        pass
+    assert [span[0] for span in spans] == [5]
+    assert [answer.request_id for answer in answers] == [5]
 
 
 def test_bytes_are_counted_for_every_link() -> None:

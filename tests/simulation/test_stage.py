@@ -16,13 +16,13 @@ MS = 1_000_000
 class Bench:
     """Feeds frames and cancellations to a stage; collects spans and what leaves."""
 
-    def __init__(self, cores: int = 1) -> None:
+    def __init__(self, cores: int = 1, stage_ms: float = 100) -> None:
         self.clock = Clock()
         self.device = Device("d", cores)
         self.spans: list[tuple[Any, ...]] = []
         self.left: list[tuple[int, float, bool]] = []
         recorder: Any = SimpleNamespace(stage_span=lambda *span: self.spans.append(span))
-        plan = StagePlan("stage 0", 0, 10, None, LinearCost(constant_ms=100))
+        plan = StagePlan("stage 0", 0, 10, None, LinearCost(kind="linear", constant_ms=stage_ms))
         self.stage = StageServer(self.clock, 0, plan, self.device, recorder, self.leave)
 
     def leave(self, frame: Frame) -> None:
@@ -98,3 +98,10 @@ def test_a_run_that_dies_while_it_waits_for_a_core_never_begins() -> None:
     bench.clock.at(40 * MS, lambda _: bench.device.release())
     assert bench.run() == [(0, 40, True)]
     assert not bench.spans
+
+
+def test_a_run_takes_at_least_a_nanosecond() -> None:
+    """Or a world of such stages would go on for ever at one instant."""
+    bench = Bench(stage_ms=1e-9)
+    bench.arrive(0, 0)
+    assert bench.run() == [(0, 1 / MS, False)]
