@@ -78,12 +78,18 @@ class StageWorker:
         self._layers = layers
         self._checkpoint = checkpoint
         self._open: dict[int, Session] = {}
-        self._cancelled: set[tuple[int, int, int]] = set()  # (session number, epoch, run id)
+        self._cancelled: dict[int, set[tuple[int, int]]] = {}  # session number -> its (epoch, run id)
         self._abandoned = False
+        self._computing = False  # run last_run, at this moment
 
     def cancel(self, session: int, epoch: int, run_ids: Sequence[int]) -> None:
-        """Declares runs dead, whether they have arrived yet or not. From any thread."""
-        self._cancelled.update((session, epoch, run_id) for run_id in run_ids)
+        """Declares runs dead, whether they have arrived yet or not; one that has passed is left alone. From any thread.
+
+        The head's word may overtake the session's first frame, while ``last_run`` still speaks of an earlier session.
+        """
+        next_run = self.last_run + (not self._computing) if session in self._open else 0
+        dead = self._cancelled.setdefault(session, set())
+        dead.update((epoch, run_id) for run_id in run_ids if run_id >= next_run)
 
     def abandon(self) -> None:
         """Nobody waits for any run any more. From any thread."""
@@ -122,7 +128,7 @@ class StageWorker:
     def _close(self, number: int) -> None:
         self._layers.close_session(number)
         del self._open[number]
-        self._cancelled = {dead for dead in self._cancelled if dead[0] != number}
+        self._cancelled.pop(number, None)
 
     def _expect(self, session: Session) -> None:
         if self._open.get(session.number) != session:
@@ -134,19 +140,21 @@ class StageWorker:
         self._expect(session)
         if run.run_id <= self.last_run:
             raise FrameError(f"run {run.run_id} reached stage {self._stage} after run {self.last_run} (I2)")
-        self.last_run = run.run_id
-        key = (session.number, session.epoch, run.run_id)
+        self.last_run, self._computing = run.run_id, True
+        key = (session.epoch, run.run_id)
+        cancelled = self._cancelled.setdefault(session.number, set())
 
         def should_stop() -> bool:
             self._checkpoint()
-            return self._abandoned or key in self._cancelled
+            return self._abandoned or key in cancelled
 
         cells = self._layers.admit(session.number, run)
         output = None
         if not frame.void and not should_stop():
             hidden = _to_tensor(frame.activation) if frame.activation else None
             output = self._layers.forward(session.number, run, hidden, cells, should_stop)
-        self._cancelled.discard(key)
+        self._computing = False
+        cancelled.discard(key)
         end = time.monotonic()
         void = output is None
         stamps = (*frame.stamps, StageStamp(self._stage, start, end, void, received_bytes))

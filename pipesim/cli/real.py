@@ -24,6 +24,7 @@ from pipesim.cli.common import (
     SetOption,
     TraceOption,
     app,
+    check_outputs,
     diagnostic,
     load,
     report,
@@ -91,6 +92,7 @@ def generate_command(
     Example: pipesim generate "Count from one to twenty." --stages 2 --policy pipeinfer --max-new-tokens 64
     """
     executor = find_executor()
+    check_outputs(trace, events)
     hosts = None if cluster is None else _hosts(cluster)
     if hosts is not None and stages not in (None, len(hosts)):
         raise BadInputError(f"--stages {stages}: {cluster} lists {len(hosts)} stages, leave --stages out")
@@ -175,6 +177,7 @@ def execute_command(
     Example: pipesim execute scenarios/demo.yaml --set policy.name=autoregressive --plot out.png
     """
     loaded = load(scenario, overrides, seed)
+    check_outputs(trace, events, plot=plot)
     executor = find_executor()
     with _interruptible(), writing(events) as log:
         if as_json:
@@ -220,6 +223,7 @@ def compare_command(
     from pipesim.comparison import compare, predict  # the simulation: other commands need not wait for it to load
 
     loaded = load(scenario, overrides, seed)
+    check_outputs(plot=plot_file)
     executor = find_executor()
     with _interruptible(), tempfile.TemporaryDirectory() as folder:
         if as_json:
@@ -257,10 +261,7 @@ def compare_command(
 def _plot_pair(predicted: Trace, measured: Trace, path: Path) -> None:
     from analysis.plots import plot_timelines  # drawing libraries take a second to load
 
-    try:
-        plot_timelines({"predicted": predicted, "measured": measured}, path)
-    except (OSError, ValueError) as problem:
-        raise BadInputError(f"{path}: the plot cannot be written ({problem})") from None
+    plot_timelines({"predicted": predicted, "measured": measured}, path)
 
 
 def _comparison_table(scenario: Scenario, figures: "dict[str, Figure]", repeats: int) -> Table:

@@ -42,6 +42,7 @@ from backends.frames import (
 )
 from backends.sampling import Sampling
 from backends.stage_server import NodeServer
+from backends.stage_worker import StageWorker
 from backends.transport import CONTROL, DATA, RESULTS, bind, new_server, open_channel, path
 from pipesim.errors import BadInputError
 from pipesim.scheduling.cells import CellTable
@@ -222,6 +223,19 @@ def test_a_run_cancelled_before_it_arrives_is_admitted_but_not_computed() -> Non
         assert head.layers.tables[1].allocated == 3
 
     on_a_stage(test)
+
+
+def test_cancellations_of_a_long_generation_leave_nothing_behind() -> None:
+    layers = StubLayers()
+    worker = StageWorker(0, layers, lambda: None)
+    worker.handle(OpenFrame(SESSION, 2000, 1, Sampling()), 0)
+    for number in range(1000):
+        worker.cancel(SESSION.number, SESSION.epoch, (number,))  # in time: the run is void
+        worker.handle(a_run(number), 0)
+        worker.cancel(SESSION.number, SESSION.epoch, (number - 1, number))  # too late: these have passed
+    assert not any(worker._cancelled.values())
+    worker.handle(ReleaseFrame(SESSION), 0)
+    assert not worker._cancelled
 
 
 def test_a_cancellation_of_another_epoch_cancels_nothing() -> None:
