@@ -140,7 +140,7 @@ class StageWorker:
         self._expect(session)
         if run.run_id <= self.last_run:
             raise FrameError(f"run {run.run_id} reached stage {self._stage} after run {self.last_run} (I2)")
-        self.last_run, self._computing = run.run_id, True
+        self._computing, self.last_run = True, run.run_id
         key = (session.epoch, run.run_id)
         cancelled = self._cancelled.setdefault(session.number, set())
 
