@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
 from backends.control import ConfigureDrafter, ConfigureStage
+from backends.models.loading import fingerprint, open_model
 from backends.node import Node
 from backends.pipeline import Pipeline
 from backends.processes import NodeProcess, Nursery
@@ -82,9 +83,9 @@ async def running_pipeline(plan: ClusterPlan) -> AsyncIterator[Pipeline]:
                 processes = await nursery.spawn(spawned) if nursery else []
                 await _bring_up(pipeline, plan, processes)
         except TimeoutError:
-            raise StageFailedError(
-                f"the pipeline was not ready within {plan.startup_timeout_s:g} s: raise execution.startup_timeout_s"
-            ) from None
+            raise pipeline.failure or _too_late(pipeline, plan.startup_timeout_s) from None
+        except StageFailedError as error:  # maybe only the consequence of a known one
+            raise pipeline.failure or error from None
         yield pipeline
     finally:
         await pipeline.close()
@@ -92,9 +93,18 @@ async def running_pipeline(plan: ClusterPlan) -> AsyncIterator[Pipeline]:
             await nursery.stop()
 
 
+def _too_late(pipeline: Pipeline, timeout_s: float) -> StageFailedError:
+    late = ", ".join(node.name for node in pipeline.nodes if not node.ready)
+    waiting = f", still waiting for {late}" if late else ""
+    return StageFailedError(
+        f"the pipeline was not ready within {timeout_s:g} s{waiting}: raise execution.startup_timeout_s"
+    )
+
+
 async def _bring_up(pipeline: Pipeline, plan: ClusterPlan, processes: list[NodeProcess]) -> None:
     """Configures all nodes in parallel; nodes connect when all have loaded."""
     here = iter(processes)
+    weights = fingerprint(open_model(plan.model))
     orders: list[ConfigureStage | ConfigureDrafter] = []
     for index, part in enumerate(plan.stages):
         process = next(here) if part.address is None else None
@@ -106,6 +116,7 @@ async def _bring_up(pipeline: Pipeline, plan: ClusterPlan, processes: list[NodeP
                 token=pipeline.token,
                 stage=index,
                 model=plan.model,
+                fingerprint=weights,
                 first_layer=part.first_layer,
                 last_layer=part.last_layer,
                 dtype=plan.dtype,

@@ -47,3 +47,4 @@ class ComputeThread:
         while (job := self._jobs.get()) is not None:
             self.checkpoint()
             job()
+            del job  # while we wait, it would keep alive what it refers to

@@ -14,11 +14,15 @@ _Token = Annotated[bytes, msgspec.Meta(min_length=TOKEN_BYTES, max_length=TOKEN_
 
 
 class ConfigureStage(msgspec.Struct, frozen=True, tag="configure-stage", forbid_unknown_fields=True):
-    """Head -> node, first: become stage ``stage`` with layers ``[first_layer, last_layer)`` of ``model``."""
+    """Head -> node, first: become stage ``stage`` with layers ``[first_layer, last_layer)`` of ``model``.
+
+    ``fingerprint`` is that of the head's own weights: those of a stage must be the same.
+    """
 
     token: _Token
     stage: int
     model: str
+    fingerprint: str
     first_layer: int
     last_layer: int
     dtype: str

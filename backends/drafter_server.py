@@ -117,14 +117,15 @@ def load_drafter(order: ConfigureDrafter) -> Drafter:
     """
     if order.drafter == "ngram":
         return NgramDrafter()
-    import torch
-
     from backends.drafting.layer_skip import LayerSkipDrafter
     from backends.drafting.model import ModelDrafter
     from backends.models.loading import open_model
     from backends.models.stage_model import StageModel
+    from backends.stage_worker import _DTYPES
 
-    dtype = getattr(torch, order.dtype)
+    if order.dtype not in _DTYPES:
+        raise BadInputError(f"dtype {order.dtype!r} is none of {', '.join(_DTYPES)}")
+    dtype = _DTYPES[order.dtype]
     source = open_model(order.model if order.drafter == "layer-skip" else order.drafter)
     if order.drafter == "layer-skip":
         return LayerSkipDrafter(source, order.max_context, order.skip_layers, dtype, order.threads)

@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import os
 import statistics
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +14,7 @@ from backends.cluster import ClusterPlan, DrafterPart, running_pipeline, stage_p
 from backends.control import Planted
 from backends.head import Head
 from backends.models.config import ModelConfig
-from backends.models.loading import open_model
+from backends.models.loading import DEFAULT_MODEL, open_model
 from backends.nursery import configure_logging
 from backends.pipeline import Pipeline
 from backends.placement import split_layers
@@ -121,7 +123,12 @@ class GrpcExecutor:
         Raises:
             BadInputError: the port is in use.
         """
-        asyncio.run(serve(listen))
+        try:
+            asyncio.run(serve(listen))
+        except KeyboardInterrupt:
+            # PyTorch's threads may abort a process whose interpreter is taken down beneath them: leave without that
+            print("interrupted", file=sys.stderr, flush=True)
+            os._exit(130)
 
 
 def _prepare(scenario: Scenario) -> _Job:
@@ -151,7 +158,9 @@ def _prepare(scenario: Scenario) -> _Job:
     stop = () if workload.ignore_eos else tokenizer.eos_ids
     sampling = Sampling(workload.temperature, workload.top_k or 0, workload.top_p or 1.0, scenario.seed)
     started = GenerationStarted(prompt, workload.max_new_tokens, stop)
-    return _Job(scenario, str(source.path.resolve()), config, tokenizer, started, sampling)
+    # a known name each machine finds for itself; a path must lead to the same files everywhere
+    model = scenario.model.name if scenario.model.name == DEFAULT_MODEL else str(source.path.resolve())
+    return _Job(scenario, model, config, tokenizer, started, sampling)
 
 
 def _encode(tokenizer: ModelTokenizer, prompt: str, chat: bool) -> tuple[int, ...]:

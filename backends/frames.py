@@ -24,6 +24,10 @@ TOKEN_BYTES = 16
 MAX_FRAME_BYTES = 64 * 2**20
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Data types that activations may have, with their size."""
+MAX_ROWS = 2**16
+"""So many tokens one run may carry."""
+MAX_KV_CELLS = 2**24
+"""A session's cells number fewer: their memory is taken before the first run."""
 
 _HEADER = struct.Struct(f"<4sBB2x{TOKEN_BYTES}sQIQII")
 
@@ -114,6 +118,7 @@ Frame = OpenFrame | RunFrame | ResultFrame | ReleaseFrame
 
 _Index = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 _Stop = Annotated[int, msgspec.Meta(ge=0, le=END)]
+_Rows = msgspec.Meta(max_length=MAX_ROWS)
 
 
 class _Copy(msgspec.Struct, array_like=True, tag="copy", forbid_unknown_fields=True):
@@ -130,25 +135,25 @@ class _Remove(msgspec.Struct, array_like=True, tag="remove", forbid_unknown_fiel
 
 
 class _OpenMetadata(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
-    kv_cells: Annotated[int, msgspec.Meta(ge=1, lt=2**31)]
+    kv_cells: Annotated[int, msgspec.Meta(ge=1, lt=MAX_KV_CELLS)]
     sequences: Annotated[int, msgspec.Meta(ge=1, lt=2**20)]
     sampling: Sampling
 
 
 class _RunMetadata(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     kind: RunKind
-    tokens: list[_Index]
-    positions: list[_Index]
-    sequences: list[bytes]
+    tokens: Annotated[list[_Index], _Rows]
+    positions: Annotated[list[_Index], _Rows]
+    sequences: Annotated[list[bytes], _Rows]
     first_output_row: _Index
-    operations: list[_Copy | _Remove]
+    operations: Annotated[list[_Copy | _Remove], _Rows]
     dtype: str
     width: _Index
     stamps: list[StageStamp]
 
 
 class _ResultMetadata(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
-    predictions: list[_Index] | None
+    predictions: Annotated[list[_Index], _Rows] | None
     stamps: list[StageStamp]
 
 
@@ -169,6 +174,10 @@ def encode(frame: Frame) -> bytes:
         case RunFrame():
             kind = FrameKind.VOID if frame.void else FrameKind.RUN
             run_id = frame.run.run_id
+            if frame.run.rows > MAX_ROWS:
+                raise FrameError(
+                    f"run {run_id} has {frame.run.rows} tokens, at most {MAX_ROWS} fit: use a smaller prefill chunk"
+                )
             metadata = _encoder.encode(_run_metadata(frame))
             payload = bytes(frame.activation.data) if frame.activation and not frame.void else b""
         case ResultFrame(_, run_id, predictions, stamps):
@@ -192,15 +201,8 @@ def decode(data: bytes) -> Frame:
     Raises:
         FrameError: it is no frame of this version, is cut off, or contradicts itself; the message says how.
     """
-    if len(data) < _HEADER.size:
-        raise FrameError(f"{len(data)} bytes are no frame, the header alone has {_HEADER.size}")
-    magic, version, kind, token, number, epoch, run_id, metadata_bytes, payload_bytes = _HEADER.unpack_from(data)
-    if magic != MAGIC:
-        raise FrameError(f"not a pipesim frame, it begins with {magic!r}")
-    if version != VERSION:
-        raise FrameError(
-            f"frame version {version} is not supported, only {VERSION}: run one pipesim version everywhere"
-        )
+    token = peek_token(data)
+    _, _, kind, _, number, epoch, run_id, metadata_bytes, payload_bytes = _HEADER.unpack_from(data)
     if _HEADER.size + metadata_bytes + payload_bytes != len(data):
         raise FrameError(f"the header promises {metadata_bytes} + {payload_bytes} bytes, the frame has {len(data)}")
     session = Session(token, number, epoch)
@@ -227,9 +229,21 @@ def decode(data: bytes) -> Frame:
 
 
 def peek_token(data: bytes) -> bytes:
-    """The token of an encoded frame."""
-    token: bytes = _HEADER.unpack_from(data)[3]
-    return token
+    """The token of an encoded frame, at a cost that does not depend on its size.
+
+    Raises:
+        FrameError: ``data`` does not begin as a frame of this version does.
+    """
+    if len(data) < _HEADER.size:
+        raise FrameError(f"{len(data)} bytes are no frame, the header alone has {_HEADER.size}")
+    magic, version, _, token, *_ = _HEADER.unpack_from(data)
+    if magic != MAGIC:
+        raise FrameError(f"not a pipesim frame, it begins with {magic!r}")
+    if version != VERSION:
+        raise FrameError(
+            f"frame version {version} is not supported, only {VERSION}: run one pipesim version everywhere"
+        )
+    return bytes(token)
 
 
 def _set_bytes(sequences: int) -> bytes:

@@ -43,7 +43,7 @@ class Node:
     ``on_failure`` hears once when the node is dead, hung or says that it failed; ``on_link_lost`` when it lost a
     neighbour. ``name`` is for people: part, address, layers. ``clock_offset`` is the node's clock minus ours, in
     seconds, by the fastest heartbeat so far; ``last_run`` is the last run that it is known to have handled. ``process``
-    is None for a node that somebody else started.
+    is None for a node that somebody else started; ``ready`` says that it has done all that it was asked for.
     """
 
     def __init__(
@@ -61,6 +61,7 @@ class Node:
         self.last_run = -1
         self.failure: PipesimError | None = None
         self.process = process
+        self.ready = False
         self._on_failure, self._on_link_lost = on_failure, on_link_lost
         self._outbox: asyncio.Queue[bytes] = asyncio.Queue()
         self._call: grpc.aio.StreamStreamCall | None = None
@@ -103,16 +104,32 @@ class Node:
         await self._ask(Connect(successor))
 
     async def _ask(self, message: ToNode) -> None:
+        if self.failure:
+            raise self.failure
+        self.ready = False
         self._reply = asyncio.get_running_loop().create_future()
         self.send(message)
         await self._reply
+        self.ready = True
 
     async def watch(self) -> None:
-        """Measures the node's clock, then goes on with heartbeats."""
+        """Measures the node's clock, then goes on with heartbeats.
+
+        Raises:
+            PipesimError: it failed, or does not answer.
+        """
+        self.ready = False
         for number in range(_CLOCK_SAMPLES):
-            self._beaten.clear()
-            self._beat(number)
-            await asyncio.wait_for(self._beaten.wait(), HEARTBEAT_S * MISSED_BEATS)
+            if not self.failure:
+                self._beaten.clear()
+                self._beat(number)
+                try:
+                    await asyncio.wait_for(self._beaten.wait(), HEARTBEAT_S * MISSED_BEATS)
+                except TimeoutError:
+                    self.fail(f"does not answer heartbeats, for {HEARTBEAT_S * MISSED_BEATS} s: it hangs")
+            if self.failure:
+                raise self.failure
+        self.ready = True
         self._tasks.append(asyncio.create_task(self._keep_beating()))
 
     def _beat(self, number: int) -> None:
@@ -152,7 +169,11 @@ class Node:
                     case Beat() as beat:
                         self._hear_beat(beat)
                     case Failed(message, bad_input):
-                        self._failed(BadInputError(message) if bad_input else self._as_error(f"failed: {message}"))
+                        self._failed(
+                            BadInputError(f"{self.name}: {message}")
+                            if bad_input
+                            else self._as_error(f"failed: {message}")
+                        )
                     case LinkLost(neighbour, reason):
                         self._on_link_lost(self, neighbour, reason)
                     case _ if not self._reply.done():
@@ -184,6 +205,7 @@ class Node:
         _log.debug("%s", error)
         if not self._reply.done():
             self._reply.set_exception(error)
+        self._beaten.set()  # nobody need wait for a beat any more
         self._on_failure(self, error)
 
     async def close(self) -> None:

@@ -12,6 +12,8 @@ import numpy.typing as npt
 
 from pipesim.errors import BadInputError
 
+_LOWEST_TEMPERATURE = 1e-3  # scenario.py has it too; logits divided by much less overflow
+
 Scores = npt.NDArray[np.float64]
 
 
@@ -30,8 +32,11 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise BadInputError(f"temperature {self.temperature} must be a number of at least 0")
+        low = self.temperature != 0 and not self.temperature >= _LOWEST_TEMPERATURE
+        if low or not math.isfinite(self.temperature):
+            raise BadInputError(
+                f"temperature {self.temperature} must be 0 or a number of at least {_LOWEST_TEMPERATURE}"
+            )
         if self.top_k < 0:
             raise BadInputError(f"top_k {self.top_k} must be at least 0 (0 keeps all tokens)")
         if not 0 < self.top_p <= 1:

@@ -1,8 +1,8 @@
 """The gRPC side of a node: takes one head at a time, and makes a stage or a drafter of itself as that head asks."""
 
 import asyncio
-import contextlib
 import logging
+import os
 from collections.abc import Awaitable, Callable
 from typing import Any, NoReturn
 
@@ -10,9 +10,9 @@ import grpc
 import grpc.aio
 
 from backends.compute import ComputeThread
-from backends.control import TO_NODE, ConfigureDrafter, ConfigureStage, pack, unpack
+from backends.control import TO_NODE, ConfigureDrafter, ConfigureStage, Failed, pack, unpack
 from backends.drafter_server import DrafterLease
-from backends.frames import FrameError, decode
+from backends.frames import FrameError, decode, peek_token
 from backends.lease import Lease, LoadLayers, StageLease
 from backends.transport import CONTROL, DATA, DRAFT, RESULTS, SERVICE
 
@@ -20,6 +20,9 @@ _log = logging.getLogger(__name__)
 _Context = Any  # grpc.aio.ServicerContext: grpc ships no types
 _Code = grpc.StatusCode
 _Handler = Callable[[Any, _Context], Awaitable[None]]
+_MAX_CONTROL_BYTES = 2**20
+_MAX_DRAFT_BYTES = 2**24  # a whole text, twice
+_CANCELLED_WITHIN_S = 1.0
 
 
 def _load_layers(order: ConfigureStage) -> Any:
@@ -56,12 +59,15 @@ class NodeServer:
         data = await context.read()
         if data is grpc.aio.EOF:
             return
-        try:
-            order = unpack(TO_NODE, data)
-        except FrameError as error:
-            await _refuse(context, _Code.INVALID_ARGUMENT, str(error))
         if self._lease is not None:
             await _refuse(context, _Code.FAILED_PRECONDITION, "this stage serves another head at the moment")
+        try:
+            order = unpack(TO_NODE, _bounded(data, _MAX_CONTROL_BYTES))
+        except FrameError as error:
+            await _refuse(context, _Code.INVALID_ARGUMENT, str(error))
+        if isinstance(order, ConfigureStage | ConfigureDrafter) and (refusal := _threads_refusal(order.threads)):
+            await context.write(pack(Failed(refusal, bad_input=True)))
+            return
         if isinstance(order, ConfigureStage):
             lease: Lease = StageLease(order, self._compute, self._load)
         elif isinstance(order, ConfigureDrafter):
@@ -72,7 +78,7 @@ class NodeServer:
         answers = asyncio.create_task(_answer(lease, context))
         try:
             while (data := await context.read()) is not grpc.aio.EOF:
-                lease.handle(unpack(TO_NODE, data))
+                lease.handle(unpack(TO_NODE, _bounded(data, _MAX_CONTROL_BYTES)))
         except FrameError as error:
             await _refuse(context, _Code.INVALID_ARGUMENT, str(error))
         finally:
@@ -88,11 +94,12 @@ class NodeServer:
         try:
             while (data := await context.read()) is not grpc.aio.EOF:
                 try:
+                    # The token first: nobody else may keep the event loop busy with the rest of a frame.
+                    current = await self._lease_for(StageLease, peek_token(data), context)
                     frame = decode(data)
                 except FrameError as error:
                     reason = f"malformed frame: {error}"
                     await _refuse(context, _Code.INVALID_ARGUMENT, str(error))
-                current = await self._lease_for(StageLease, frame.session.token, context)
                 if lease is None:
                     if current.has_predecessor:
                         await _refuse(context, _Code.FAILED_PRECONDITION, "this stage has a predecessor already")
@@ -120,7 +127,7 @@ class NodeServer:
         answers = asyncio.create_task(lease.answer(context))
         try:
             while (data := await context.read()) is not grpc.aio.EOF:
-                lease.receive(data)
+                lease.receive(_bounded(data, _MAX_DRAFT_BYTES))
         except FrameError as error:
             await _refuse(context, _Code.INVALID_ARGUMENT, str(error))
         finally:
@@ -136,13 +143,39 @@ class NodeServer:
 
 
 def _until_hung_up(handler: _Handler) -> _Handler:
-    """gRPC cancels the handler of a caller who is gone, and would log that as a defect."""
+    """gRPC cancels the handler of a caller who is gone, and would log that as a defect.
+
+    A write under way at that moment may break just before the cancellation arrives.
+    """
 
     async def handle(request: Any, context: _Context) -> None:
-        with contextlib.suppress(asyncio.CancelledError):
-            await handler(request, context)
+        try:
+            try:
+                await handler(request, context)
+            except grpc.aio.InternalError as error:
+                if not context.cancelled() and not context.done():
+                    await asyncio.sleep(_CANCELLED_WITHIN_S)  # ended by the cancellation
+                    raise
+                _log.debug("the caller is gone: %r", error)
+        except asyncio.CancelledError as cancelled:
+            _log.debug("the caller is gone: %r", cancelled.__context__ or cancelled)
 
     return handle
+
+
+def _bounded(data: bytes, limit: int) -> bytes:
+    """``data``, unless it would keep the event loop busy for long."""
+    if len(data) > limit:
+        raise FrameError(f"a message of {len(data)} bytes, {limit} are allowed")
+    return data
+
+
+def _threads_refusal(threads: int) -> str | None:
+    """Why so many threads cannot be had: PyTorch crashes when the system has no more of them."""
+    processors = os.cpu_count() or 1
+    if 1 <= threads <= processors:
+        return None
+    return f"execution.threads_per_stage {threads}: this machine has {processors} processors, use 1 to {processors}"
 
 
 async def _answer(lease: Lease, context: _Context) -> None:

@@ -19,7 +19,7 @@ from backends.frames import (
     Session,
     StageStamp,
 )
-from backends.models.loading import open_model
+from backends.models.loading import fingerprint, open_model
 from backends.models.stage_model import StageModel
 from backends.sampling import Sampling
 from pipesim.errors import BadInputError
@@ -60,9 +60,10 @@ def load_layers(order: ConfigureStage) -> StageModel:
     """Reads the layers that a stage was told to serve. Raises BadInputError if the model has none such."""
     if order.dtype not in _DTYPES:
         raise BadInputError(f"dtype {order.dtype!r} is none of {', '.join(_DTYPES)}")
-    return StageModel(
-        open_model(order.model), order.first_layer, order.last_layer, dtype=_DTYPES[order.dtype], threads=order.threads
-    )
+    source = open_model(order.model)
+    if fingerprint(source) != order.fingerprint:
+        raise BadInputError(f"{source.path} holds other weights than the head's model: give both the same files")
+    return StageModel(source, order.first_layer, order.last_layer, dtype=_DTYPES[order.dtype], threads=order.threads)
 
 
 class StageWorker:
@@ -80,6 +81,7 @@ class StageWorker:
         self._open: dict[int, Session] = {}
         self._cancelled: dict[int, set[tuple[int, int]]] = {}  # session number -> its (epoch, run id)
         self._abandoned = False
+        self._closed = -1  # the newest session that is over
         self._computing = False  # run last_run, at this moment
 
     def cancel(self, session: int, epoch: int, run_ids: Sequence[int]) -> None:
@@ -87,7 +89,11 @@ class StageWorker:
 
         The head's word may overtake the session's first frame, while ``last_run`` still speaks of an earlier session.
         """
-        next_run = self.last_run + (not self._computing) if session in self._open else 0
+        current = self._open.get(session)
+        if current is None and session <= self._closed:
+            return
+        is_open = current is not None and current.epoch == epoch
+        next_run = self.last_run + (not self._computing) if is_open else 0
         dead = self._cancelled.setdefault(session, set())
         dead.update((epoch, run_id) for run_id in run_ids if run_id >= next_run)
 
@@ -119,6 +125,7 @@ class StageWorker:
             case ReleaseFrame(session):
                 self._expect(session)
                 self._close(session.number)
+                self._closed = max(self._closed, session.number)
                 return frame
             case RunFrame():
                 return self._run(frame, received_bytes)

@@ -12,6 +12,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from backends.models.loading import GgufSource, ModelSource
 from pipesim.errors import BadInputError
 
+_PATIENCE = 8  # tokens that may wait for the rest of a character: one has four bytes at most, special tokens none
 _CONTROL_TOKEN = 3  # GGUF token types
 _USER_DEFINED_TOKEN = 4
 _LLAMA3_WORDS = (
@@ -83,12 +84,30 @@ class TextStream:
         self._waiting: list[int] = []
 
     def feed(self, ids: Sequence[int]) -> str:
-        """The text that ``ids`` complete; incomplete characters wait for the next tokens."""
-        self._waiting += ids
+        """The text that ``ids`` complete, however they are cut; incomplete characters wait for the next tokens.
+
+        What still looks incomplete after more than 8 tokens is none, but U+FFFD or bytes that are no text.
+        """
+        return "".join(self._add(token) for token in ids)  # one at a time: the same text, however runs group them
+
+    def _add(self, token: int) -> str:
+        self._waiting.append(token)
         piece = self._piece()
-        if not piece or piece.endswith("\ufffd"):
+        if piece and not piece.endswith("\ufffd"):
+            return self._show(piece, len(self._waiting))
+        if len(self._waiting) <= _PATIENCE:
             return ""
-        self._context, self._waiting = self._waiting, []
+        # only the last character can still change: the longest part that ends before it is shown
+        for cut in range(len(self._waiting) - 1, 0, -1):
+            beginning = self._piece(cut)
+            if beginning and piece[:-1].startswith(beginning):
+                return self._show(beginning, cut)
+        return self._show(piece, len(self._waiting))
+
+    def _show(self, piece: str, tokens: int) -> str:
+        if piece:
+            self._context = self._waiting[:tokens]
+        self._waiting = self._waiting[tokens:]
         return piece
 
     def finish(self) -> str:
@@ -97,9 +116,10 @@ class TextStream:
         self._context, self._waiting = [], []
         return piece
 
-    def _piece(self) -> str:
+    def _piece(self, tokens: int | None = None) -> str:
+        """What the first ``tokens`` that wait (None: all) add to the text."""
         shown = self._tokenizer.decode(self._context)
-        return self._tokenizer.decode(self._context + self._waiting)[len(shown) :]
+        return self._tokenizer.decode(self._context + self._waiting[:tokens])[len(shown) :]
 
 
 def open_tokenizer(source: ModelSource) -> ModelTokenizer:
@@ -166,23 +186,41 @@ def _from_folder(source: ModelSource) -> ModelTokenizer:
     except Exception as error:  # the library raises bare Exception
         raise BadInputError(f"{file} cannot be read: {error}") from error
     settings = _optional_json(source.path / "tokenizer_config.json")
-    ends = _optional_json(source.path / "generation_config.json").get("eos_token_id", [])
-    template_file = source.path / "chat_template.jinja"
-    template = template_file.read_text(encoding="utf-8") if template_file.exists() else settings.get("chat_template")
+    ends = _end_tokens(source.path / "generation_config.json")
+    template = _optional_text(source.path / "chat_template.jinja")
+    if template is None:
+        template = settings.get("chat_template")
     return ModelTokenizer(
         tokenizer,
-        tuple(dict.fromkeys([*source.config.eos_ids, *(ends if isinstance(ends, list) else [ends])])),
+        tuple(dict.fromkeys([*source.config.eos_ids, *ends])),
         chat_template=template if isinstance(template, str) else None,
         specials={name: _content(settings[name]) for name in ("bos_token", "eos_token") if settings.get(name)},
     )
 
 
+def _end_tokens(path: Path) -> list[int]:
+    ends = _optional_json(path).get("eos_token_id")
+    listed = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    if not all(type(end) is int for end in listed):
+        raise BadInputError(f"{path}: eos_token_id = {ends!r} must be a token id or a list of them")
+    return listed
+
+
 def _optional_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        content = json.loads(_optional_text(path) or "{}")
     except ValueError as error:
         raise BadInputError(f"{path} cannot be read: {error}") from error
     return content if isinstance(content, dict) else {}
+
+
+def _optional_text(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInputError(f"{path} cannot be read: {error}") from error
 
 
 def _content(token: Any) -> str:

@@ -17,6 +17,8 @@ from pipesim.errors import BadInputError
 from pipesim.scheduling.policy import Policy, make_policy, policy_class, policy_names
 from pipesim.scheduling.scheduler import Scheduler
 
+_LOWEST_TEMPERATURE = 1e-3  # sampling divides by it
+
 
 class Section(BaseModel):
     """Base of all sections: immutable, no unknown keys, no infinities, no quoted numbers.
@@ -194,7 +196,8 @@ class Workload(Section):
     ignore_eos: bool = False
     """Real runs: generate on past the model's end-of-text token."""
     temperature: float = Field(default=0.0, ge=0)
-    """Real runs: 0 takes the most probable token; otherwise tokens are sampled, reproducibly from the seed."""
+    """Real runs: 0 takes the most probable token; otherwise, from 0.001 on, tokens are sampled, reproducibly from the
+    seed."""
     top_k: int | None = Field(default=None, ge=1)
     """Real runs: sample among this many most probable tokens."""
     top_p: float | None = Field(default=None, gt=0, le=1)
@@ -253,11 +256,11 @@ class Execution(Section):
     """ngram (prompt look-up), layer-skip (the target without some layers), planted (known text, wrong as often as
     acceptance.rate says), or a draft model: name or path."""
     skip_layers: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(default=None, strict=False)
-    """layer-skip: layers to leave out; null: every other one, the ends kept."""
+    """layer-skip: layers to leave out; null: 5, 12, 17 and 25 of 30, the same depths of other models, the ends kept."""
     hosts: tuple[str | None, ...] | None = Field(default=None, strict=False)
     """host:port of a running stage server for each stage, null to start one here; null: start all here."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Number format of weights and activations."""
+    """Number format of weight matrices; activations are always float32."""
     threads_per_stage: int = Field(default=1, ge=1)
     """Compute threads of each stage process."""
     startup_timeout_s: float = Field(default=120.0, gt=0)
@@ -285,7 +288,7 @@ class Scenario(Section):
     acceptance: Acceptance | None = None
     """Simulation: which drafted tokens are right."""
     execution: Execution = Execution()
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**64)
     """Same seed, same bytes out: simulated truth, sampling noise."""
 
     @model_validator(mode="after")
@@ -347,6 +350,17 @@ class Scenario(Section):
         hosts = self.execution.hosts
         if hosts is not None and len(hosts) != last_hop:
             yield f"execution.hosts: {len(hosts)} hosts for {last_hop} stages: one per stage, null to start it here"
+        execution = self.execution
+        if execution.skip_layers is not None and execution.drafter != "layer-skip":
+            yield (
+                f"execution.skip_layers: only layer-skip leaves layers out, execution.drafter is "
+                f"{execution.drafter!r}: remove it, or change the drafter"
+            )
+        if 0 < self.workload.temperature < _LOWEST_TEMPERATURE:
+            yield (
+                f"workload.temperature = {self.workload.temperature}: "
+                f"use 0 (the most probable token) or at least {_LOWEST_TEMPERATURE}"
+            )
         try:
             self.policy.build()
         except BadInputError as problem:

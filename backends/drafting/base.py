@@ -84,10 +84,11 @@ class Drafter(ABC):
             self.extend([token])
         return found
 
-    def detours(self, tokens: Sequence[int]) -> list[Detour] | None:
+    def detours(self, tokens: Sequence[int], abandoned: Callable[[], bool] = never) -> list[Detour] | None:
         """How it would go on after each of its own wrong proposals along ``tokens``.
 
-        None, where that is much like what it proposes on the text, as with models: they always have a next token.
+        None, where that is much like what it proposes on the text, as with models: they always have a next token. None
+        also once ``abandoned()`` is true; asked often, also as a sign of life.
         """
-        del tokens
+        del tokens, abandoned
         return None

@@ -1,9 +1,9 @@
 """Prompt look-up: the text so far has said something like this before, so it may go on alike."""
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from backends.drafting.base import WIDTH, Drafter
+from backends.drafting.base import WIDTH, Drafter, never
 from pipesim.errors import BadInputError
 from pipesim.scheduling.tree import Candidate, Detour
 
@@ -50,11 +50,13 @@ class NgramDrafter(Drafter):
                 return [(token, followers[token][0] / (occurrences + 1)) for token in best]
         return []
 
-    def detours(self, tokens: Sequence[int]) -> list[Detour] | None:
+    def detours(self, tokens: Sequence[int], abandoned: Callable[[], bool] = never) -> list[Detour] | None:
         """A wrong look-up goes on repeating what it found, where the text itself has nothing to look up."""
         self.start(tokens[:1], self.sampling)
         found: dict[tuple[int, int], tuple[Candidate, ...]] = {}
         for token in tokens[1:]:
+            if abandoned():
+                return None
             path: tuple[int, ...] = ()
             candidates = self.candidates_after(self.text, path)
             while candidates and len(path) < _DETOUR and (path or candidates[0][0] != token):

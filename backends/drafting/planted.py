@@ -1,10 +1,8 @@
 """A drafter that knows the text beforehand and errs on purpose, so that acceptance can be swept on real hardware."""
 
-import random
 from collections.abc import Callable, Sequence
 
 from backends.drafting.base import Drafter
-from pipesim.errors import BadInputError
 from pipesim.scheduling.tree import Candidate
 
 Draw = Callable[[int], Sequence[tuple[bool, float]]]
@@ -34,14 +32,3 @@ class PlantedDrafter(Drafter):
             (true if right else (true + 1 + rank) % self._vocabulary, confidence)
             for rank, (right, confidence) in enumerate(drawn)
         ]
-
-
-def independent_draw(acceptance: float, seed: int, confidence: float = 0.9) -> Draw:
-    """One candidate per position, right with probability ``acceptance``, independent of all other positions."""
-    if not 0 <= acceptance <= 1:
-        raise BadInputError(f"planted drafter: acceptance {acceptance} must be between 0 and 1")
-
-    def draw(position: int) -> Sequence[tuple[bool, float]]:
-        return [(random.Random(f"{seed}:{position}").random() < acceptance, confidence)]
-
-    return draw

@@ -27,14 +27,15 @@ from pipesim.cli.common import (
     check_outputs,
     diagnostic,
     load,
+    printing,
     report,
     result,
     writing,
 )
 from pipesim.cli.streaming import TextScreen
-from pipesim.errors import BadInputError, InvariantError
+from pipesim.errors import BadInputError, InvariantError, PipesimError
 from pipesim.event_log import replay
-from pipesim.executors import RealResult, find_executor
+from pipesim.executors import Probe, RealResult, find_executor
 from pipesim.metrics import compute_metrics
 from pipesim.perfetto import write_perfetto
 from pipesim.scenario import Scenario
@@ -126,7 +127,8 @@ def generate_command(
         else:
             with TextScreen.open() as screen:
                 outcome = executor.execute(scenario, log, screen.show)
-            print()
+            with printing():
+                print()
     _report_generation(outcome, as_json, trace)
 
 
@@ -146,15 +148,16 @@ def _hosts(path: Path) -> list[str]:
 def _report_generation(outcome: RealResult, as_json: bool, trace_file: Path | None) -> None:
     """Figures for people on stderr: stdout holds the text alone, or the JSON object alone."""
     metrics = compute_metrics(outcome.trace)
-    with writing(trace_file) as stream:
-        if stream:
-            write_perfetto(outcome.trace, stream)
     if as_json:
-        print(json.dumps(result(outcome.trace, metrics, outcome.text)))
+        with printing():
+            print(json.dumps(result(outcome.trace, metrics, outcome.text)))
     elif sys.stderr.isatty():
         speed = "" if metrics.tokens_per_second is None else f", {metrics.tokens_per_second:.1f} tokens/s"
         rate = "" if metrics.acceptance_rate is None else f", {metrics.acceptance_rate:.0%} of drafted tokens accepted"
         diagnostic(f"{len(outcome.trace.tokens)} tokens{speed}{rate}")
+    with writing(trace_file) as stream:
+        if stream:
+            write_perfetto(outcome.trace, stream)
     if not outcome.trace.complete:
         diagnostic(f"error: the generation ended early, after {len(outcome.trace.tokens)} tokens")
         raise typer.Exit(1)
@@ -185,7 +188,8 @@ def execute_command(
         else:
             with TextScreen.open() as screen:
                 outcome = executor.execute(loaded, log, screen.show)
-            print()
+            with printing():
+                print()
     report(outcome.trace, as_json=as_json, trace_file=trace, plot_file=plot, text=outcome.text)
 
 
@@ -232,36 +236,46 @@ def compare_command(
             diagnostic("starting the pipeline, probing its costs and decoding plainly; then the first run's text:")
             with TextScreen.open() as screen:
                 measurement = executor.measure(loaded, repeats, Path(folder), screen.show)
-            print()
+            with printing():
+                print()
         for log in sorted(Path(folder).iterdir()):
             if difference := replay(log):
                 raise InvariantError(f"{log.name} does not replay (I9): {difference}")
     predicted = predict(loaded, measurement.probe)
     traces = [run.trace for run in measurement.runs]
     figures = compare(predicted, traces, measurement.probe.tokens)
+    with printing():
+        if as_json:
+            print(json.dumps({"metrics": {name: dataclasses.asdict(figure) for name, figure in figures.items()}}))
+        else:
+            console = Console()
+            console.width = max(console.width, _TABLE_WIDTH)
+            console.print(_comparison_table(loaded, figures, repeats))
+            print(_closing_note(measurement.probe))
     if plot_file:
         _plot_pair(predicted, traces[0], plot_file)
         diagnostic(f"timelines of the prediction and the first run: {plot_file}")
-    if as_json:
-        print(json.dumps({"metrics": {name: dataclasses.asdict(figure) for name, figure in figures.items()}}))
-        return
-    console = Console()
-    console.width = max(console.width, _TABLE_WIDTH)
-    console.print(_comparison_table(loaded, figures, repeats))
-    probe = measurement.probe
+
+
+def _closing_note(probe: Probe) -> str:
     rows = ", ".join(str(rows) for rows in probe.rows_ms[0])
-    print(
-        f"Costs: medians of prefill and of runs of {rows} rows, probed one at a time on the idle pipeline before the "
-        f"compared runs; a hop takes {probe.link_ms:.2f} ms, the head {probe.head_ms:.2f} ms per event, one level of a "
-        f"draft {probe.level_ms:.2f} ms. Acceptance: the drafter's candidates along the text of plain decoding. "
+    return (
+        "Stage costs, links, head overhead and drafter costs of the file are replaced by probed ones: medians of "
+        f"prefill and of runs of {rows} rows, probed one at a time on the idle pipeline before the compared runs; a "
+        f"hop takes {probe.link_ms:.2f} ms, the head {probe.head_ms:.2f} ms per event, one level of a draft "
+        f"{probe.level_ms:.2f} ms. Acceptance: the drafter's candidates along the text of plain decoding. "
         "All texts were equal, all event logs replayed exactly."
     )
 
 
 def _plot_pair(predicted: Trace, measured: Trace, path: Path) -> None:
+    """Raises PipesimError if the file cannot be written."""
     from analysis.plots import plot_timelines  # drawing libraries take a second to load
 
-    plot_timelines({"predicted": predicted, "measured": measured}, path)
+    try:
+        plot_timelines({"predicted": predicted, "measured": measured}, path)
+    except OSError as problem:
+        raise PipesimError(f"{path}: cannot be written ({problem.strerror})") from None
 
 
 def _comparison_table(scenario: Scenario, figures: "dict[str, Figure]", repeats: int) -> Table:

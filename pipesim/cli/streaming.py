@@ -9,6 +9,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from pipesim.cli.common import printing
 from pipesim.executors import Progress
 
 
@@ -41,16 +42,16 @@ class TextScreen:
             yield screen
 
     def show(self, progress: Progress) -> None:
-        """Adds a piece of text and brings the figures up to date."""
+        """Adds a piece of text and brings the figures up to date. Raises PipesimError if stdout takes no more."""
         if self._live is None:
-            print(progress.text, end="", flush=True)
+            _print(progress.text)
             return
         if self._shared:
             *lines, self._line = (self._line + progress.text).split("\n")
             for line in lines:
                 self._live.console.print(Text(line), soft_wrap=True)
         else:
-            print(progress.text, end="", flush=True)
+            _print(progress.text)
         figures = Text(self._figures(progress), style="dim")
         self._live.update(Group(Text(self._line), figures) if self._shared else figures, refresh=True)
 
@@ -65,4 +66,9 @@ class TextScreen:
 
     def _finish(self) -> None:
         """After the figures are gone: the line that was still growing."""
-        print(self._line, end="", flush=True)
+        _print(self._line)
+
+
+def _print(text: str) -> None:
+    with printing():
+        print(text, end="")

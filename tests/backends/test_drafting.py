@@ -12,7 +12,7 @@ from backends.drafting.base import WIDTH, Drafter
 from backends.drafting.layer_skip import LayerSkipDrafter, default_skipped
 from backends.drafting.model import ModelDrafter
 from backends.drafting.ngram import NgramDrafter
-from backends.drafting.planted import PlantedDrafter, independent_draw
+from backends.drafting.planted import PlantedDrafter
 from backends.models.loading import ModelSource
 from backends.models.stage_model import StageModel
 from backends.reference import generate_in_one_process
@@ -78,12 +78,15 @@ def test_ngram_finds_what_a_scan_of_the_text_finds(text: list[int]) -> None:
 
 def test_planted_text_is_right_as_often_as_drawn_whatever_the_order_of_asking() -> None:
     known = [random.Random(i).randrange(50) for i in range(4000)]
-    drafter = PlantedDrafter(known, 50, independent_draw(0.7, seed=3))
+
+    def draw(position: int) -> list[tuple[bool, float]]:
+        return [(random.Random(f"3:{position}").random() < 0.7, 0.9)]
+
+    drafter = PlantedDrafter(known, 50, draw)
     forward = [drafter.candidates_after(known[:i], ())[0][0] for i in range(4000)]
     assert abs(sum(a == b for a, b in zip(forward, known, strict=True)) / 4000 - 0.7) < 0.03
     backward = [drafter.candidates_after(known[: i - 2], (0, 0))[0][0] for i in range(3999, 1, -1)]
     assert backward[::-1] == forward[2:]
-    assert PlantedDrafter(known, 50, independent_draw(0.7, seed=4)).candidates_after([], ()) != [] != forward
     assert drafter.candidates_after(known, ()) == []
 
 
@@ -92,8 +95,6 @@ def test_planted_runner_ups_differ_from_the_truth_and_from_each_other() -> None:
     candidates = PlantedDrafter([4, 4], 5, lambda position: draws).candidates_after([4], ())
     assert [token == 4 for token, _ in candidates] == [False, True, False]
     assert len({token for token, _ in candidates}) == 3
-    with pytest.raises(BadInputError, match="acceptance"):
-        independent_draw(1.2, seed=0)
 
 
 # models
@@ -224,3 +225,17 @@ def test_ngram_detours_tell_how_a_wrong_look_up_goes_on() -> None:
     detours = {(at, previous): candidates for at, previous, candidates in NgramDrafter().detours(text) or ()}
     assert [token for token, _ in detours[9, 3]] == [4], "after the wrong 3 the copy goes on"
     assert [token for token, _ in detours[10, 4]] == [5]
+
+
+def test_ngram_detours_end_once_abandoned_and_ask_at_every_token() -> None:
+    text = [1, 2, 3, 4, 5, 9, 1, 2, 7]
+    asked = 0
+
+    def abandoned() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked == len(text)
+
+    assert NgramDrafter().detours(text, abandoned) == NgramDrafter().detours(text)
+    assert asked == len(text) - 1
+    assert NgramDrafter().detours(text, lambda: True) is None

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -19,7 +20,7 @@ from backends.frames import ReleaseFrame, RunFrame
 from backends.head import Head
 from backends.node import Node
 from backends.sampling import Sampling
-from pipesim.errors import StageFailedError
+from pipesim.errors import BadInputError, StageFailedError
 from pipesim.recorder import Recorder
 from pipesim.scheduling.events import GenerationStarted
 from pipesim.scheduling.policy import make_policy
@@ -79,6 +80,63 @@ def test_a_lost_stage_is_named_within_five_seconds(model: Path, victim: int, num
         else:
             assert "heartbeats" in str(error)
     assert time.monotonic() - struck_at < WITHIN_S
+    assert not node_processes()
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"), [(signal.SIGKILL, "SIGKILL"), (signal.SIGSTOP, "does not answer heartbeats")]
+)
+def test_a_stage_lost_while_its_clock_is_measured_is_named(
+    model: Path, number: signal.Signals, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch = Node.watch
+
+    async def strike_first(node: Node) -> None:
+        if node.name.startswith("stage 1"):
+            kill(node, number)
+        await watch(node)
+
+    monkeypatch.setattr(Node, "watch", strike_first)
+
+    async def bring_up() -> None:
+        async with running_pipeline(tiny_plan(model, 2)):
+            pass
+
+    with pytest.raises(StageFailedError, match=rf"stage 1 \(.*{reason}"):
+        asyncio.run(bring_up())
+    assert not node_processes()
+
+
+def test_a_pipeline_that_is_late_names_those_who_are_not_ready(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    configure = Node.configure
+
+    async def freeze_first(node: Node, order: Any) -> None:
+        if node.name.startswith("stage 1"):
+            kill(node, signal.SIGSTOP)
+            await asyncio.Event().wait()
+        await configure(node, order)
+
+    monkeypatch.setattr(Node, "configure", freeze_first)
+
+    async def bring_up() -> None:
+        async with running_pipeline(tiny_plan(model, 2, startup_timeout_s=12.0)):
+            pass
+
+    with pytest.raises(
+        StageFailedError, match=r"still waiting for stage 1 \(.*: raise execution.startup_timeout_s"
+    ) as caught:
+        asyncio.run(bring_up())
+    assert "stage 0" not in str(caught.value)
+    assert not node_processes()
+
+
+def test_bad_input_that_a_stage_finds_names_the_stage(model: Path) -> None:
+    async def bring_up() -> None:
+        async with running_pipeline(tiny_plan(model, 2, dtype="float12")):
+            pass
+
+    with pytest.raises(BadInputError, match=r"^stage \d \(.*\): .*float12"):
+        asyncio.run(bring_up())
     assert not node_processes()
 
 

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from backends.frames import (
     MAX_FRAME_BYTES,
+    MAX_KV_CELLS,
+    MAX_ROWS,
     TOKEN_BYTES,
     VERSION,
     Activation,
@@ -23,6 +25,7 @@ from backends.frames import (
     StageStamp,
     decode,
     encode,
+    peek_token,
 )
 from backends.sampling import Sampling
 from pipesim.scheduling.runs import END, Run, RunKind, SequenceCopy, SequenceRemove
@@ -80,7 +83,7 @@ frames = st.one_of(
         st.just(SESSION),
         st.integers(1, 9999),
         st.integers(1, 999),
-        st.builds(Sampling, st.floats(0, 9), index, st.floats(0.01, 1), st.integers(0, 2**64 - 1)),
+        st.builds(Sampling, st.just(0.0) | st.floats(1e-3, 9), index, st.floats(0.01, 1), st.integers(0, 2**64 - 1)),
     ),
     st.just(ReleaseFrame(SESSION)),
 )
@@ -215,9 +218,30 @@ def test_settings_out_of_range_do_not_open_a_session() -> None:
         [0, 1, sampling | {"temperature": 0.0}],
         [1, 0, sampling | {"temperature": 0.0}],
         [1, 1, sampling],
+        [MAX_KV_CELLS, 1, sampling | {"temperature": 0.0}],
     ):
         with pytest.raises(FrameError):
             decode(_with_metadata(metadata, kind=FrameKind.OPEN))
+
+
+def test_a_run_has_a_bounded_number_of_rows() -> None:
+    def rows(count: int) -> dict[str, tuple[int, ...]]:
+        return {"tokens": (1,) * count, "positions": (1,) * count, "sequences": (1,) * count}
+
+    assert decode(encode(RunFrame(SESSION, a_run(**rows(MAX_ROWS)))))
+    with pytest.raises(FrameError, match="smaller prefill chunk"):
+        encode(RunFrame(SESSION, a_run(**rows(MAX_ROWS + 1))))
+    many = [1] * (MAX_ROWS + 1)
+    with pytest.raises(FrameError, match="length"):
+        decode(_with_metadata(["prefill", many, many, [b"\1"] * len(many), 0, [], "", 0, []]))
+
+
+def test_the_token_is_known_before_the_rest_is_read() -> None:
+    whole = a_run_frame()
+    assert peek_token(whole) == peek_token(whole[: HEADER.size]) == SESSION.token
+    for data in (b"", whole[: HEADER.size - 1], b"X" + whole, _with_header(whole, version=VERSION + 1)):
+        with pytest.raises(FrameError):
+            peek_token(data)
 
 
 def test_what_cannot_be_sent_is_not_encoded() -> None:

@@ -4,15 +4,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from tiny_models import Chain, prefill_runs, save_tiny, tiny_config, tiny_source
 
+from backends.control import ConfigureStage
+from backends.frames import TOKEN_BYTES
 from backends.models.config import config_from_huggingface
-from backends.models.loading import ModelSource, find_model, open_model
+from backends.models.loading import ModelSource, find_model, fingerprint, open_model
 from backends.models.stage_model import StageModel
 from backends.reference import generate_in_one_process
 from backends.sampling import Sampling
+from backends.stage_worker import load_layers
 from pipesim.errors import BadInputError, InvariantError
 from pipesim.scheduling.runs import END, Run, RunKind, SequenceRemove
 
@@ -224,3 +228,15 @@ def test_bad_stages_and_sessions_are_refused(tiny: ModelSource) -> None:
     foreign = Run(1, 0, RunKind.CANONICAL, (160,), (0,), (1,))
     with pytest.raises(BadInputError, match="outside the vocabulary"):
         whole.forward(1, foreign, None, whole.admit(1, foreign))
+
+
+def test_a_stage_refuses_other_weights_than_the_heads(tmp_path: Path) -> None:
+    ours, copy, other = (tmp_path / name for name in ("ours", "copy", "other"))
+    for folder, seed in ((ours, 0), (copy, 0), (other, 1)):
+        save_tiny(folder, seed=seed)
+    heads = fingerprint(open_model(ours))
+    assert fingerprint(open_model(copy)) == heads, "the same files elsewhere are the same model"
+    order = ConfigureStage(b"t" * TOKEN_BYTES, 0, str(copy), heads, 0, 1, "float32", 1)
+    assert load_layers(order).config.layers == 4
+    with pytest.raises(BadInputError, match="other weights than the head's"):
+        load_layers(msgspec.structs.replace(order, model=str(other)))

@@ -72,6 +72,8 @@ def test_noise_is_finite_and_gumbel() -> None:
     [
         ({"temperature": -0.1}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": 1e-320}, "temperature"),
+        ({"temperature": 0.0009}, "temperature"),
         ({"top_k": -1}, "top_k"),
         ({"top_p": 0.0}, "top_p"),
         ({"top_p": 1.1}, "top_p"),
@@ -82,3 +84,8 @@ def test_noise_is_finite_and_gumbel() -> None:
 def test_settings_out_of_range_are_refused_by_name(settings: dict[str, float], field: str) -> None:
     with pytest.raises(BadInputError, match=field):
         Sampling(**settings)
+
+
+def test_the_lowest_temperature_is_as_good_as_greedy() -> None:
+    with np.errstate(all="raise", under="ignore"):
+        assert Sampling(1e-3, top_p=0.9).pick(LOGITS, 3) == Sampling().pick(LOGITS, 3)

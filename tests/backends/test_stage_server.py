@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import logging
+import os
 import socket
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -12,10 +14,12 @@ import grpc.aio
 import pytest
 import torch
 
+from backends import stage_server
 from backends.control import (
     FROM_NODE,
     Beat,
     Cancel,
+    ConfigureDrafter,
     ConfigureStage,
     Connect,
     Connected,
@@ -114,7 +118,7 @@ class TestHead:
         self.results: Any = None
 
     async def configure(self) -> None:
-        await self.say(ConfigureStage(TOKEN, 0, "stub", 0, LAYERS, "float32", 1))
+        await self.say(ConfigureStage(TOKEN, 0, "stub", "", 0, LAYERS, "float32", 1))
         assert isinstance(await self.hear(), Ready)
         await self.say(Connect(None))
         assert isinstance(await self.hear(), Connected)
@@ -235,6 +239,7 @@ def test_cancellations_of_a_long_generation_leave_nothing_behind() -> None:
         worker.cancel(SESSION.number, SESSION.epoch, (number - 1, number))  # too late: these have passed
     assert not any(worker._cancelled.values())
     worker.handle(ReleaseFrame(SESSION), 0)
+    worker.cancel(SESSION.number, SESSION.epoch, (1000,))
     assert not worker._cancelled
 
 
@@ -370,6 +375,89 @@ def test_a_strangers_well_formed_frame_is_refused() -> None:
     on_a_stage(test)
 
 
+def test_nothing_but_the_token_of_a_strangers_frame_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoding a long one on the event loop would look like a hanging stage."""
+    read: list[bytes] = []
+
+    def spy(data: bytes) -> Frame:
+        read.append(data)
+        return decode(data)
+
+    monkeypatch.setattr(stage_server, "decode", spy)
+
+    async def test(head: TestHead) -> None:
+        own = len(read)
+        header = encode(RunFrame(SESSION._replace(token=b"x" * TOKEN_BYTES), a_run(0).run))[:40]
+        async with open_channel(head.address) as channel:
+            call = channel.stream_stream(path(DATA))()
+            await call.write(header + b"nonsense" * 1_000_000)
+            assert await call.code() is grpc.StatusCode.PERMISSION_DENIED
+        assert len(read) == own
+
+    on_a_stage(test)
+
+
+def test_long_control_messages_are_refused_unread() -> None:
+    async def test() -> None:
+        async with serving() as head:
+            await head.control.write(pack(Cancel(1, 0, tuple(range(10**6)))))
+            assert await head.control.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert "bytes" in await head.control.details()
+
+    asyncio.run(test())
+
+
+@pytest.mark.parametrize("threads", [-1, 0, 1_000_000])
+def test_threads_that_the_machine_has_not_are_refused_and_the_node_lives_on(threads: int) -> None:
+    async def test() -> None:
+        async with serving() as head:
+            for order in (
+                ConfigureStage(TOKEN, 0, "stub", "", 0, LAYERS, "float32", threads),
+                ConfigureDrafter(TOKEN, "ngram", "stub", 10, 10, "float32", threads, None),
+            ):
+                other = TestHead(head.address, head.layers)
+                await other.say(order)
+                answer = await other.hear()
+                assert isinstance(answer, Failed)
+                assert answer.bad_input
+                assert f"threads_per_stage {threads}: this machine has {os.cpu_count()} processors" in answer.message
+                await other.channel.close()
+            await head.configure()
+
+    asyncio.run(test())
+
+
+def test_a_write_that_breaks_because_the_caller_left_is_no_defect(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "backends.stage_server")
+
+    class Context:
+        def __init__(self, gone: bool) -> None:
+            self.gone = gone
+
+        def cancelled(self) -> bool:
+            return self.gone
+
+        def done(self) -> bool:
+            return False
+
+    async def broken_write(*_: object) -> None:
+        raise grpc.aio.InternalError("Failed grpc_call_start_batch: 10")
+
+    handle = stage_server._until_hung_up(broken_write)
+
+    async def test() -> None:
+        await handle(None, Context(gone=True))
+        cancelled_later = asyncio.ensure_future(handle(None, Context(gone=False)))
+        await asyncio.sleep(0.05)
+        cancelled_later.cancel()
+        await cancelled_later
+        with pytest.raises(grpc.aio.InternalError):
+            await handle(None, Context(gone=False))
+
+    asyncio.run(test())
+    assert caplog.text.count("Failed grpc_call_start_batch") == 2
+
+
 def test_an_idle_stage_takes_no_frames() -> None:
     async def test() -> None:
         async with serving() as head:
@@ -392,7 +480,7 @@ def test_a_control_stream_must_begin_with_a_configuration(data: bytes) -> None:
 def test_a_second_head_is_turned_away_while_the_first_is_there() -> None:
     async def test(head: TestHead) -> None:
         other = TestHead(head.address, head.layers)
-        await other.say(ConfigureStage(b"o" * TOKEN_BYTES, 0, "stub", 0, LAYERS, "float32", 1))
+        await other.say(ConfigureStage(b"o" * TOKEN_BYTES, 0, "stub", "", 0, LAYERS, "float32", 1))
         assert await other.control.code() is grpc.StatusCode.FAILED_PRECONDITION
         await other.channel.close()
 
@@ -429,7 +517,7 @@ def test_errors_of_the_layers_reach_the_head_as_bad_input_or_failure() -> None:
         address = f"127.0.0.1:{bind(server, '127.0.0.1:0')}"
         await server.start()
         head = TestHead(address, StubLayers())
-        await head.say(ConfigureStage(TOKEN, 0, "stub", 0, LAYERS, "float32", 1))
+        await head.say(ConfigureStage(TOKEN, 0, "stub", "", 0, LAYERS, "float32", 1))
         answer = await head.hear()
         await head.channel.close()
         node.close()
@@ -449,7 +537,7 @@ def test_a_broken_link_to_the_successor_is_reported() -> None:
             listener.bind(("127.0.0.1", 0))
             dead = f"127.0.0.1:{listener.getsockname()[1]}"
         async with serving() as head:
-            await head.say(ConfigureStage(TOKEN, 0, "stub", 0, LAYERS, "float32", 1))
+            await head.say(ConfigureStage(TOKEN, 0, "stub", "", 0, LAYERS, "float32", 1))
             assert isinstance(await head.hear(), Ready)
             await head.say(Connect(dead))
             lost = await head.hear()

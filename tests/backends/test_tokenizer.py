@@ -1,6 +1,7 @@
 """Tokenizers: the same ids as transformers, chat templates, and streaming that never shows half a character."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -100,9 +101,26 @@ def test_streaming_shows_whole_characters_and_all_of_the_text(
 
 def test_an_unfinished_character_appears_only_at_the_end(byte_tokenizer: ModelTokenizer) -> None:
     stream = byte_tokenizer.stream()
-    assert stream.feed(byte_tokenizer.encode("né")[:2]) == ""
-    assert stream.finish() == "n\ufffd"
+    assert stream.feed(byte_tokenizer.encode("né")[:2]) == "n"
+    assert stream.finish() == "\ufffd"
     assert stream.finish() == ""
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_what_is_never_going_to_be_text_does_not_wait_for_ever(byte_tokenizer: ModelTokenizer, size: int) -> None:
+    invalid = byte_tokenizer.encode("\u00e9")[:1]
+    for ids in (
+        byte_tokenizer.encode("\ufffd" * 40 + "\U0001f642n"),
+        invalid * 50,
+        [1] * 50 + byte_tokenizer.encode("n"),
+    ):
+        stream = byte_tokenizer.stream()
+        shown, text = "", byte_tokenizer.decode(ids)
+        for start in range(0, len(ids), size):
+            shown += stream.feed(ids[start : start + size])
+            assert len(byte_tokenizer.decode(ids[: start + size])) - len(shown) <= 8
+            assert text.startswith(shown)
+        assert shown + stream.finish() == text
 
 
 def test_special_tokens_do_not_show(byte_tokenizer: ModelTokenizer) -> None:
@@ -125,3 +143,38 @@ def test_missing_tokenizers_and_templates_are_named(tmp_path: Path) -> None:
     plain = ModelTokenizer(Tokenizer(models.BPE({"a": 0}, [])), ())
     with pytest.raises(BadInputError, match="no chat template"):
         plain.encode_chat([{"role": "user", "content": "a"}])
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer_config.json", "generation_config.json"])
+@pytest.mark.parametrize("content", [None, b"\xff\xfe{}"], ids=["folder", "not UTF-8"])
+def test_files_beside_the_tokenizer_that_cannot_be_read_are_named(
+    tmp_path: Path, name: str, content: bytes | None
+) -> None:
+    folder = _with_tokenizer(tmp_path)
+    if content is None:
+        (folder / name).mkdir()
+    else:
+        (folder / name).write_bytes(content)
+    with pytest.raises(BadInputError, match=re.escape(f"{folder / name} cannot be read")):
+        open_tokenizer(open_model(folder))
+
+
+@pytest.mark.parametrize("ends", ["x", [2, "x"], 1.5, True, {}])
+def test_end_tokens_must_be_token_ids(tmp_path: Path, ends: object) -> None:
+    folder = _with_tokenizer(tmp_path)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    with pytest.raises(BadInputError, match=r"generation_config\.json: eos_token_id = "):
+        open_tokenizer(open_model(folder))
+
+
+def test_no_end_tokens_are_fine(tmp_path: Path) -> None:
+    folder = _with_tokenizer(tmp_path)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": None}))
+    model = open_model(folder)
+    assert open_tokenizer(model).eos_ids == model.config.eos_ids
+
+
+def _with_tokenizer(folder: Path) -> Path:
+    save_tiny(folder, vocab_size=258)
+    Tokenizer(models.BPE({"a": 0}, [])).save(str(folder / "tokenizer.json"))
+    return folder

@@ -190,7 +190,10 @@ def test_a_port_in_use_is_named() -> None:
         (["--stages", 0], ["--stages 0"]),
         (["--max-new-tokens", 1000], ["30 prompt tokens", "1024", "shorten"]),
         (["--max-new-tokens", 0], ["max_new_tokens"]),
-        (["--temperature", -1], ["temperature"]),
+        (["--temperature", -1], ["workload.temperature"]),
+        (["--temperature", 1e-320, "--top-p", 0.9], ["workload.temperature = 1e-320", "0.001"]),
+        (["--seed", -1], ["generate: seed = -1"]),
+        (["--set", "execution.skip_layers=[2]"], ["execution.skip_layers", "layer-skip"]),
         (["--policy", "clairvoyant"], ["clairvoyant", "pipeinfer"]),
         (["--set", "policy.micro_batches=3"], ["micro_batches"]),
         (["--dtype", "int3"], ["dtype"]),
@@ -214,6 +217,21 @@ def test_a_model_without_chat_template_says_what_to_do(tiny_folder: Path) -> Non
     done = pipesim("generate", PROMPT, "--model", tiny_folder)
     assert done.returncode == 2
     assert "--raw" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [[], ["--json"]])
+def test_a_full_disk_is_one_message(tiny_folder: Path, arguments: list[str]) -> None:
+    asked = command("generate", PROMPT, "--raw", "--model", tiny_folder, "--max-new-tokens", 4, *arguments)
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(asked, stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (1, "error: stdout: cannot be written (No space left on device)\n")
+
+
+def test_the_result_is_printed_before_a_trace_that_cannot_be_written(tiny_folder: Path) -> None:
+    done = generate(tiny_folder, "--max-new-tokens", 4, "--json", "--trace", "/dev/full")
+    assert done.returncode == 1
+    assert len(json.loads(done.stdout)["tokens"]) == 4
+    assert done.stderr == "error: /dev/full: cannot be written (No space left on device)\n"
 
 
 @pytest.fixture
@@ -279,10 +297,22 @@ def test_compare_shows_every_metric_of_both_worlds(scenario: Path, tmp_path: Pat
         assert figure["spread"][0] <= figure["measured"] <= figure["spread"][1]
         assert figure["error"] == pytest.approx((figure["predicted"] - figure["measured"]) / figure["measured"])
     assert plot.read_text().startswith("<?xml")
-    people = pipesim("compare", scenario, "--repeats", 1)
-    assert people.returncode == 0, people.stderr
+    full = tmp_path / "full.svg"
+    full.symlink_to("/dev/full")
+    people = pipesim("compare", scenario, "--repeats", 1, "--plot", full)
+    assert people.returncode == 1, people.stderr
+    assert people.stderr.endswith(f"error: {full}: cannot be written (No space left on device)\n")
+    assert "Traceback" not in people.stderr
     assert "acceptance_rate" in people.stdout
+    assert "are replaced by probed ones" in people.stdout
     assert "All texts were equal" in people.stdout
+
+
+def test_compare_on_a_full_disk_is_one_message(scenario: Path) -> None:
+    with open("/dev/full", "w") as full:
+        asked = command("compare", scenario, "--repeats", 1, "--json")
+        done = subprocess.run(asked, stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=90)
+    assert (done.returncode, done.stderr) == (1, "error: stdout: cannot be written (No space left on device)\n")
 
 
 def test_without_the_extra_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
