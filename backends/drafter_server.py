@@ -77,15 +77,21 @@ class DrafterLease(Lease):
         if isinstance(message, StartText):
             self._current().start(message.prompt, message.sampling)
         elif isinstance(message, TraceText):
-            candidates = self._current().trace(message.tokens, message.sampling, lambda: self._abandoned(number))
-            if candidates is not None:
-                detours = self._current().detours(message.tokens)
-                reply = TraceReply(message.session, tuple(candidates), None if detours is None else tuple(detours))
-                self.from_thread(self._replies.put_nowait, reply)
+            self._trace(message, number)
         elif isinstance(message, ExtendText):
             self._current().extend(message.tokens)
         else:
             self.from_thread(self._replies.put_nowait, self._draft(message.request, number))
+
+    def _trace(self, message: TraceText, number: int) -> None:
+        def abandoned() -> bool:
+            return self._abandoned(number)
+
+        candidates = self._current().trace(message.tokens, message.sampling, abandoned)
+        detours = self._current().detours(message.tokens, abandoned)
+        if candidates is not None and not abandoned():
+            reply = TraceReply(message.session, tuple(candidates), None if detours is None else tuple(detours))
+            self.from_thread(self._replies.put_nowait, reply)
 
     def _current(self) -> Drafter:
         if self._drafter is None:
