@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, NoReturn
 
 import grpc
@@ -75,7 +75,7 @@ class NodeServer:
         else:
             await _refuse(context, _Code.INVALID_ARGUMENT, "the first message must configure the node")
         self._lease = lease
-        answers = asyncio.create_task(_answer(lease, context))
+        answers = _answering(_answer(lease, context))
         try:
             while (data := await context.read()) is not grpc.aio.EOF:
                 lease.handle(unpack(TO_NODE, _bounded(data, _MAX_CONTROL_BYTES)))
@@ -124,7 +124,7 @@ class NodeServer:
         if token is grpc.aio.EOF:
             return
         lease = await self._lease_for(DrafterLease, token, context)
-        answers = asyncio.create_task(lease.answer(context))
+        answers = _answering(lease.answer(context))
         try:
             while (data := await context.read()) is not grpc.aio.EOF:
                 lease.receive(_bounded(data, _MAX_DRAFT_BYTES))
@@ -183,11 +183,22 @@ async def _answer(lease: Lease, context: _Context) -> None:
         await context.write(pack(message))
 
 
+def _answering(answers: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    """Starts a stream's answers. What ends them is logged: mostly the head has left in the middle of a write."""
+
+    def note(task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()):
+            _log.debug("the last answers did not arrive: %r", error)
+
+    task = asyncio.create_task(answers)
+    task.add_done_callback(note)
+    return task
+
+
 async def _finish(answers: asyncio.Task[None]) -> None:
     """Lets a write under way come to its end: gRPC cannot close a stream during one."""
     await asyncio.wait((answers,), timeout=1.0)
-    if not answers.cancel() and not answers.cancelled() and (error := answers.exception()):
-        _log.debug("the last answers did not arrive: %r", error)
+    answers.cancel()
 
 
 async def _refuse(context: _Context, code: grpc.StatusCode, why: str) -> NoReturn:
