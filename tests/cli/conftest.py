@@ -1,21 +1,16 @@
 """A tiny model that the command line can talk to."""
 
-import sys
 from pathlib import Path
 
 import pytest
+from pipelines import LAYERS, VOCABULARY
+from tiny_models import save_tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
-
-sys.path.append(str(Path(__file__).parent.parent / "backends"))
-
-LAYERS, VOCABULARY = 8, 160
 
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model of eight layers whose vocabulary are the words w0 .. w159; no text ends by itself."""
-    from tiny_models import save_tiny
-
     folder = save_tiny(tmp_path_factory.mktemp("talker"), num_hidden_layers=LAYERS, eos_token_id=None)
     tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from conftest import LAYERS
+from pipelines import LAYERS
 
 from pipesim.errors import BadInputError
 from pipesim.executors import find_executor
