@@ -35,7 +35,7 @@ from pipesim.cli.common import (
 from pipesim.cli.streaming import TextScreen
 from pipesim.errors import BadInputError, InvariantError, PipesimError
 from pipesim.event_log import replay
-from pipesim.executors import Probe, RealResult, find_executor
+from pipesim.executors import Executor, Probe, RealResult, find_executor
 from pipesim.metrics import compute_metrics
 from pipesim.perfetto import write_perfetto
 from pipesim.scenario import Scenario
@@ -121,15 +121,20 @@ def generate_command(
         description["acceptance"] = {"kind": "iid", "rate": 0.8}
     apply_overrides(description, overrides or ())
     scenario = build_scenario(description, "generate")
+    outcome = _execute(executor, scenario, events, as_json)
+    _report_generation(outcome, as_json, trace)
+
+
+def _execute(executor: Executor, scenario: Scenario, events: Path | None, as_json: bool) -> RealResult:
+    """One real generation; its text appears on stdout as it is committed, unless JSON is to stand there alone."""
     with _interruptible(), writing(events) as log:
         if as_json:
-            outcome = executor.execute(scenario, log)
-        else:
-            with TextScreen.open() as screen:
-                outcome = executor.execute(scenario, log, screen.show)
-            with printing():
-                print()
-    _report_generation(outcome, as_json, trace)
+            return executor.execute(scenario, log)
+        with TextScreen.open() as screen:
+            outcome = executor.execute(scenario, log, screen.show)
+        with printing():
+            print()
+        return outcome
 
 
 def _hosts(path: Path) -> list[str]:
@@ -182,14 +187,7 @@ def execute_command(
     loaded = load(scenario, overrides, seed)
     check_outputs(trace, events, plot=plot)
     executor = find_executor()
-    with _interruptible(), writing(events) as log:
-        if as_json:
-            outcome = executor.execute(loaded, log)
-        else:
-            with TextScreen.open() as screen:
-                outcome = executor.execute(loaded, log, screen.show)
-            with printing():
-                print()
+    outcome = _execute(executor, loaded, events, as_json)
     report(outcome.trace, as_json=as_json, trace_file=trace, plot_file=plot, text=outcome.text)
 
 
