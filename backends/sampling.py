@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from pipesim.errors import BadInputError
 
-_LOWEST_TEMPERATURE = 1e-3  # scenario.py has it too; logits divided by much less overflow
+_LOWEST_TEMPERATURE = 1e-3  # the scenario schema has it too; logits divided by much less overflow
 
 Scores = npt.NDArray[np.float64]
 

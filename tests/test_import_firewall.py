@@ -45,12 +45,13 @@ def test_pipesim_never_imports_backends_or_their_libraries(path: Path) -> None:
     assert not {name.split(".")[0] for name in imported_by(path)} & {"backends", "torch", "grpc"}
 
 
-SHARED = ["event_log", "metrics", "perfetto", "recorder", "scenario", "scenario_file", "trace"]
+OF_BOTH_WORLDS = ["event_log", "metrics", "perfetto", "recorder", "scenario_file", "trace"]
+SHARED = [*(ROOT / "pipesim" / f"{name}.py" for name in OF_BOTH_WORLDS), *files("pipesim/scenario")]
 
 
-@pytest.mark.parametrize("name", SHARED)
-def test_what_both_worlds_share_does_not_know_the_simulation(name: str) -> None:
-    imported = imported_by(ROOT / "pipesim" / f"{name}.py")
+@pytest.mark.parametrize("path", SHARED, ids=lambda p: str(p.relative_to(ROOT)))
+def test_what_both_worlds_share_does_not_know_the_simulation(path: Path) -> None:
+    imported = imported_by(path)
     assert not any(module.startswith(("pipesim.simulation", "pipesim.cli", "simpy", "analysis")) for module in imported)
 
 

@@ -1,0 +1,83 @@
+"""Machines of a scenario, and what runs on them."""
+
+from dataclasses import dataclass
+
+from pydantic import Field
+
+from pipesim.scenario.costs import Cost
+from pipesim.scenario.network import Links
+from pipesim.scenario.section import Section
+
+
+class Device(Section):
+    """A machine that several parts share."""
+
+    name: str
+    """Stages, head and drafter refer to it by this name."""
+    cores: int = Field(default=1, ge=1)
+    """How many stages, or stages and drafter, can compute on it at the same time; more wait in FIFO order."""
+
+
+class Stage(Section):
+    """One stage of the pipeline, or ``repeat`` equal ones in a row."""
+
+    cost: Cost
+    """What a run costs here."""
+    layers: int | None = Field(default=None, ge=1)
+    """Layers of this stage; null: the model's other layers are spread evenly over all stages without a number."""
+    device: str | None = None
+    """Device it runs on; null: a machine of its own."""
+    repeat: int = Field(default=1, ge=1)
+    """This many equal stages in a row."""
+
+
+class Head(Section):
+    """The part that runs the scheduler."""
+
+    device: str | None = None
+    """Device it runs on; null: a machine of its own."""
+    overhead_ms: float = Field(default=0.0, ge=0)
+    """Time to handle one event: a run or a draft that came home."""
+
+
+class Drafter(Section):
+    """The part that drafts."""
+
+    device: str | None = None
+    """Device it runs on; null: a machine of its own."""
+    level_ms: float = Field(ge=0)
+    """Time to draft one level of a token tree, all its branches at once."""
+    prefill_per_token_ms: float = Field(default=0.0, ge=0)
+    """Time per prompt token before the first draft."""
+
+
+class Cluster(Section):
+    """Machines, what runs on them, and the links between."""
+
+    stages: tuple[Stage, ...] = Field(min_length=1, strict=False)
+    """The pipeline in order."""
+    drafter: Drafter
+    """What drafts, and how fast."""
+    devices: tuple[Device, ...] = Field(default=(), strict=False)
+    """Machines that are shared, or that have several cores."""
+    head: Head = Head()
+    """What runs the scheduler."""
+    links: Links = Links()
+    """The network."""
+    kv_cells: int | None = Field(default=None, ge=1)
+    """KV cells of every stage; null: enough for the text and all that the policy can have in flight."""
+    prefill_chunk: int = Field(default=64, ge=1)
+    """Prompt tokens per prefill run."""
+    prefill_window: int = Field(default=8, ge=1)
+    """Prefill runs in flight at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class StagePlan:
+    """One stage after ``repeat`` and ``layers: null`` are spelled out. ``device`` is None for a machine of its own."""
+
+    name: str
+    first_layer: int
+    layers: int
+    device: str | None
+    cost: Cost

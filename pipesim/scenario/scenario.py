@@ -1,0 +1,156 @@
+"""A whole scenario, what must hold across its sections, and its JSON Schema."""
+
+import inspect
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any
+
+from pydantic import Field, TypeAdapter, model_validator
+
+from pipesim.errors import BadInputError
+from pipesim.scenario.acceptance import Acceptance, TraceAcceptance
+from pipesim.scenario.cluster import Cluster, StagePlan
+from pipesim.scenario.model import Model
+from pipesim.scenario.network import Link, OwnLink
+from pipesim.scenario.section import Section
+from pipesim.scenario.workload import Execution, PolicySection, Workload
+from pipesim.scheduling.policy import policy_class, policy_names
+from pipesim.scheduling.scheduler import Scheduler
+
+_LOWEST_TEMPERATURE = 1e-3  # sampling divides by it
+
+
+class Scenario(Section):
+    """A what-if: who generates what, on which machines, by which policy."""
+
+    model: Model
+    cluster: Cluster
+    workload: Workload
+    policy: PolicySection
+    acceptance: Acceptance | None = None
+    """Simulation: which drafted tokens are right."""
+    execution: Execution = Execution()
+    seed: int = Field(default=0, ge=0, lt=2**64)
+    """Same seed, same bytes out: simulated truth, sampling noise."""
+
+    @model_validator(mode="after")
+    def _check_across_sections(self) -> "Scenario":
+        problems = list(chain(self._layer_problems(), self._device_problems(), self._other_problems()))
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def _layer_problems(self) -> Iterator[str]:
+        stages = [stage for stage in self.cluster.stages for _ in range(stage.repeat)]
+        fixed = sum(stage.layers or 0 for stage in stages)
+        open_stages = sum(stage.layers is None for stage in stages)
+        left = self.model.layers - fixed
+        if left < open_stages:
+            yield (
+                f"cluster.stages: {len(stages)} stages need at least {fixed + open_stages} layers, "
+                f"model.layers is {self.model.layers}: use fewer stages or layers"
+            )
+        elif left and not open_stages:
+            yield (
+                f"cluster.stages: the stages' layers sum up to {fixed}, model.layers is {self.model.layers}: "
+                "make them equal, or leave one stage's layers out"
+            )
+
+    def _device_problems(self) -> Iterator[str]:
+        names = [device.name for device in self.cluster.devices]
+        for twice in sorted({name for name in names if names.count(name) > 1}):
+            yield f"cluster.devices: two devices are named {twice!r}: rename one"
+        users: list[tuple[str, str | None]] = [
+            ("cluster.head.device", self.cluster.head.device),
+            ("cluster.drafter.device", self.cluster.drafter.device),
+            *((f"cluster.stages.{i}.device", stage.device) for i, stage in enumerate(self.cluster.stages)),
+        ]
+        for field, name in users:
+            if name is not None and name not in names:
+                known = ", ".join(names) or "none"
+                yield f"{field}: there is no device {name!r} in cluster.devices (known: {known}): add it"
+        used = {name for _, name in users}
+        for idle in names:
+            if idle not in used and names.count(idle) == 1:
+                yield f"cluster.devices: nothing runs on device {idle!r}: remove it, or name it where it is used"
+
+    def _other_problems(self) -> Iterator[str]:
+        last_hop = sum(stage.repeat for stage in self.cluster.stages)
+        hops = [hop.hop for hop in self.cluster.links.hops]
+        for i, hop in enumerate(hops):
+            field = f"cluster.links.hops.{i}.hop"
+            if hop > last_hop:
+                yield f"{field}: there is no hop {hop}, the last one (home to the head) is {last_hop}"
+            if hop in hops[:i]:
+                yield f"{field}: hop {hop} is described twice: merge the two entries"
+        if self.workload.prompt is None and self.workload.prompt_tokens is None:
+            recorded = isinstance(self.acceptance, TraceAcceptance)
+            if not recorded:
+                yield "workload: give a prompt (text) or, for simulation only, prompt_tokens (a number)"
+        elif not self.workload.prompt and self.workload.prompt is not None:
+            yield "workload.prompt: an empty prompt cannot be continued: give at least one character"
+        hosts = self.execution.hosts
+        if hosts is not None and len(hosts) != last_hop:
+            yield f"execution.hosts: {len(hosts)} hosts for {last_hop} stages: one per stage, null to start it here"
+        execution = self.execution
+        if execution.skip_layers is not None and execution.drafter != "layer-skip":
+            yield (
+                f"execution.skip_layers: only layer-skip leaves layers out, execution.drafter is "
+                f"{execution.drafter!r}: remove it, or change the drafter"
+            )
+        if 0 < self.workload.temperature < _LOWEST_TEMPERATURE:
+            yield (
+                f"workload.temperature = {self.workload.temperature}: "
+                f"use 0 (the most probable token) or at least {_LOWEST_TEMPERATURE}"
+            )
+        try:
+            self.policy.build()
+        except BadInputError as problem:
+            yield str(problem)
+
+    def stages(self) -> tuple[StagePlan, ...]:
+        """The pipeline's stages in order, each with its layers."""
+        listed = [stage for stage in self.cluster.stages for _ in range(stage.repeat)]
+        open_stages = sum(stage.layers is None for stage in listed)
+        left = self.model.layers - sum(stage.layers or 0 for stage in listed)
+        plans: list[StagePlan] = []
+        first = 0
+        for index, stage in enumerate(listed):
+            layers = stage.layers
+            if layers is None:
+                layers = -(-left // open_stages)
+                left, open_stages = left - layers, open_stages - 1
+            plans.append(StagePlan(f"stage {index}", first, layers, stage.device, stage.cost))
+            first += layers
+        return tuple(plans)
+
+    def hops(self) -> tuple[Link, ...]:
+        """The data links in order: head to first stage, between stages, last stage to head."""
+        links = self.cluster.links
+        special = {hop.hop: hop for hop in links.hops}
+        return tuple(special.get(index, OwnLink()).over(links) for index in range(len(self.stages()) + 1))
+
+    def scheduler(self) -> Scheduler:
+        """A fresh scheduler with this scenario's policy and limits."""
+        cluster = self.cluster
+        return Scheduler(self.policy.build(), cluster.kv_cells, cluster.prefill_chunk, cluster.prefill_window)
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of scenario files, each known policy with its own settings."""
+    schema = Scenario.model_json_schema()
+    schema["$defs"]["PolicySection"] = {"oneOf": [_policy_schema(name) for name in policy_names()]}
+    return schema
+
+
+def _policy_schema(name: str) -> dict[str, Any]:
+    policy = policy_class(name)
+    settings = TypeAdapter(policy).json_schema().get("properties", {})
+    return {
+        "title": name,
+        "description": inspect.getdoc(policy),
+        "type": "object",
+        "properties": {"name": {"const": name}, **settings},
+        "required": ["name"],
+        "additionalProperties": False,
+    }

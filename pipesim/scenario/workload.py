@@ -1,0 +1,61 @@
+"""What the user asks for, by which policy, and how real pipelines are brought up."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from pipesim.scenario.section import Section
+from pipesim.scheduling.policy import Policy, make_policy
+
+
+class Workload(Section):
+    """What the user asks for."""
+
+    prompt: str | None = None
+    """The prompt's text."""
+    prompt_tokens: int | None = Field(default=None, ge=1)
+    """Simulation: tokens of the prompt; null: as in the recorded trace, or one for every 4 characters of the text."""
+    max_new_tokens: int = Field(ge=1)
+    """Tokens to generate at most."""
+    chat: bool = False
+    """Real runs: put the prompt into the model's chat template."""
+    ignore_eos: bool = False
+    """Real runs: generate on past the model's end-of-text token."""
+    temperature: float = Field(default=0.0, ge=0)
+    """Real runs: 0 takes the most probable token; otherwise, from 0.001 on, tokens are sampled, reproducibly from the
+    seed."""
+    top_k: int | None = Field(default=None, ge=1)
+    """Real runs: sample among this many most probable tokens."""
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    """Real runs: sample among the most probable tokens that reach this probability together."""
+
+
+class PolicySection(BaseModel):
+    """The policy's name and, beside it, its own settings."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
+
+    name: str
+    """Registered name: autoregressive, speculative, pipeinfer, or one from an installed package."""
+
+    def build(self) -> Policy:
+        """The policy itself. Raises BadInputError for an unknown name or setting."""
+        return make_policy(self.name, self.model_extra)
+
+
+class Execution(Section):
+    """Real runs: how the pipeline is brought up."""
+
+    drafter: str = "ngram"
+    """ngram (prompt look-up), layer-skip (the target without some layers), planted (known text, wrong as often as
+    acceptance.rate says), or a draft model: name or path."""
+    skip_layers: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(default=None, strict=False)
+    """layer-skip: layers to leave out; null: 5, 12, 17 and 25 of 30, the same depths of other models, the ends kept."""
+    hosts: tuple[str | None, ...] | None = Field(default=None, strict=False)
+    """host:port of a running stage server for each stage, null to start one here; null: start all here."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number format of weight matrices; activations are always float32."""
+    threads_per_stage: int = Field(default=1, ge=1)
+    """Compute threads of each stage process."""
+    startup_timeout_s: float = Field(default=120.0, gt=0)
+    """How long stages may take to load and connect."""
