@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from pipesim.errors import BadInputError
 from pipesim.scenario import IidAcceptance, Scenario
 from pipesim.scheduling.tree import Candidate, Detour
+from pipesim.simulation.randomness import mix, unit
 
 _MASK = 2**64 - 1
 _TARGET, _DRAFTER = 0x7461726765740001, 0x6472616674657202  # one stream for each subsystem
@@ -46,8 +47,8 @@ class IidTruth:
     def __init__(self, acceptance: IidAcceptance, seed: int, prompt_tokens: int, vocabulary: int) -> None:
         self._settings = acceptance
         self._vocabulary = vocabulary
-        self._target = _mix(seed & _MASK ^ _TARGET)
-        self._drafter = _mix(seed & _MASK ^ _DRAFTER)
+        self._target = mix(seed & _MASK ^ _TARGET)
+        self._drafter = mix(seed & _MASK ^ _DRAFTER)
         self._drawn: dict[int, tuple[bool, bool, float, float, int, int]] = {}
         tokens = [0]
         for position in range(prompt_tokens):
@@ -56,7 +57,7 @@ class IidTruth:
 
     def next(self, position: int, previous: int) -> int:
         """A hash of seed, position and previous token."""
-        return _mix(self._target + position ^ previous << 32) % self._vocabulary
+        return mix(self._target + position ^ previous << 32) % self._vocabulary
 
     def candidates(self, position: int, previous: int) -> Sequence[Candidate]:
         """Two candidates; one of them may be right."""
@@ -71,13 +72,13 @@ class IidTruth:
 
     def _draw(self, position: int) -> tuple[bool, bool, float, float, int, int]:
         settings = self._settings
-        state = _mix(self._drafter + position)
-        right, runner_up, spread, share, wrong = (_mix(state + i) for i in range(1, 6))
-        first_right = _unit(right) < settings.rate
-        second_right = not first_right and _unit(runner_up) < settings.runner_up
+        state = mix(self._drafter + position)
+        right, runner_up, spread, share, wrong = (mix(state + i) for i in range(1, 6))
+        first_right = unit(right) < settings.rate
+        second_right = not first_right and unit(runner_up) < settings.runner_up
         mean = settings.confidence_right if first_right else settings.confidence_wrong
-        first = min(1.0, max(0.0, mean + settings.confidence_spread * (2.0 * _unit(spread) - 1.0)))
-        second = min(first, (1.0 - first) * (0.5 * _unit(share) + (0.5 if second_right else 0.0)))
+        first = min(1.0, max(0.0, mean + settings.confidence_spread * (2.0 * unit(spread) - 1.0)))
+        second = min(first, (1.0 - first) * (0.5 * unit(share) + (0.5 if second_right else 0.0)))
         others = self._vocabulary - 1  # wrong tokens, told apart by how far they are from the right one
         offset = 1 + wrong % others
         second_offset = 1 + (offset + (wrong >> 32) % (others - 1)) % others
@@ -110,7 +111,7 @@ class RecordedTruth:
         """The recorded token, if the one before is as recorded."""
         if position < len(self._text) and previous == self._text[position - 1]:
             return self._text[position]
-        return _mix(position ^ previous << 32) % 2**31
+        return mix(position ^ previous << 32) % 2**31
 
     def candidates(self, position: int, previous: int) -> Sequence[Candidate]:
         """The recorded candidates for this position, on the text or off it."""
@@ -183,16 +184,3 @@ def _candidate(path: Path, value: Any) -> Candidate:
     if len(pair) != 2 or not isinstance(pair[1], int | float) or not 0 <= pair[1] <= 1:
         raise BadInputError(f"acceptance.file: {path} has {value!r}, not a [token, confidence up to 1]")
     return _token(path, pair[0]), float(pair[1])
-
-
-def _mix(value: int) -> int:
-    """64 well-mixed bits (splitmix64's finalizer: Steele, Lea, Flood, OOPSLA 2014)."""
-    value = (value + 0x9E3779B97F4A7C15) & _MASK
-    value = ((value ^ value >> 30) * 0xBF58476D1CE4E5B9) & _MASK
-    value = ((value ^ value >> 27) * 0x94D049BB133111EB) & _MASK
-    return value ^ value >> 31
-
-
-def _unit(bits: int) -> float:
-    """Uniform in [0, 1)."""
-    return (bits >> 11) * 2.0**-53
