@@ -15,13 +15,13 @@ from typing import Annotated, Any
 import pandas as pd
 import typer
 
-from analysis.statistics import confidence_95
 from pipesim.cli.common import check_outputs, diagnostic
 from pipesim.errors import BadInputError, InvariantError, PipesimError
 from pipesim.metrics import Metrics, compute_metrics
 from pipesim.scenario import IidAcceptance, Scenario
 from pipesim.scenario_file import load_scenario
 from pipesim.simulation.pipeline import simulate
+from pipesim.statistics import mean_interval
 
 Settings = Mapping[str, Any]
 """A policy's section of a scenario: its name and settings."""
@@ -158,8 +158,8 @@ def table(frame: pd.DataFrame) -> str:
 
 def interval(values: Iterable[float], digits: int) -> str:
     """Mean and 95 % confidence interval."""
-    mean, half = confidence_95(list(values))
-    return f"{mean:.{digits}f} ± {half:.{digits}f}"
+    mean = mean_interval(list(values))
+    return f"{mean.estimate:.{digits}f} ± {mean.half_width:.{digits}f}"
 
 
 def settings_list(rows: Mapping[str, Settings]) -> str:

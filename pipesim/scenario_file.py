@@ -4,7 +4,7 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,13 +25,27 @@ def load_scenario(path: Path | str, overrides: Sequence[str] = ()) -> Scenario:
     Raises:
         BadInputError: one line per problem, with file, field, value and what to do.
     """
-    path = Path(path)
-    raw = _read(path)
+    raw = read_scenario(path, overrides)
+    locate_files(raw, Path(path).parent)
+    return build_scenario(raw, str(path))
+
+
+def read_scenario(path: Path | str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Reads a scenario file as plain values that are not checked yet, with ``overrides`` on top.
+
+    Raises:
+        BadInputError: it is not YAML, or an override leads nowhere.
+    """
+    raw = _read(Path(path))
     apply_overrides(raw, overrides)
+    return raw
+
+
+def locate_files(raw: dict[str, Any], folder: Path) -> None:
+    """Files that a scenario names are looked for in ``folder``, that of the scenario file."""
     acceptance = raw.get("acceptance")
     if isinstance(acceptance, dict) and isinstance(acceptance.get("file"), str):
-        acceptance["file"] = str(path.parent / acceptance["file"])
-    return build_scenario(raw, str(path))
+        acceptance["file"] = str(folder / acceptance["file"])
 
 
 def build_scenario(raw: dict[str, Any], source: str = "scenario") -> Scenario:
@@ -52,13 +66,22 @@ def build_scenario(raw: dict[str, Any], source: str = "scenario") -> Scenario:
 
 
 def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Sets each ``dotted.path=value`` in ``raw``, in order. Raises BadInputError for a path that leads nowhere.
+    """Sets each ``dotted.path=value`` in ``raw``, in order, as :func:`apply_settings` does. Values are YAML."""
+    settings = [_split(override) for override in overrides]
+    try:
+        apply_settings(raw, settings)
+    except BadInputError as problem:
+        raise BadInputError(f"--set {problem}") from None
 
-    Another ``policy.name`` keeps those of the policy's settings that overrides gave.
+
+def apply_settings(raw: dict[str, Any], settings: Iterable[tuple[str, Any]]) -> None:
+    """Sets each dotted path in ``raw`` to its value, in order. Raises BadInputError for a path that leads nowhere.
+
+    Another ``policy.name`` keeps those of the policy's settings that are set here.
     """
     given: dict[str, Any] = {}
-    for override in overrides:
-        keys, value = _split(override)
+    for path, value in settings:
+        keys = path.split(".")
         policy = raw.get("policy")
         if keys == ["policy"]:
             given = {}
@@ -66,36 +89,38 @@ def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> None:
             raw["policy"] = given
         elif keys[0] == "policy":
             given[keys[1]] = value
-        _set(raw, keys, value, override)
+        try:
+            _set(raw, keys, value)
+        except LookupError as problem:
+            raise BadInputError(f"{path}={value}: {problem.args[0]}") from None
 
 
-def _split(override: str) -> tuple[list[str], Any]:
+def _split(override: str) -> tuple[str, Any]:
     name, equals, text = override.partition("=")
     if not equals or not all(name.split(".")):
         raise BadInputError(f"--set {override}: write it as dotted.path=value, e.g. policy.name=pipeinfer")
     try:
-        return name.split("."), _parse(text)
+        return name, parse_value(text)
     except ValueError as problem:
         raise BadInputError(f"--set {override}: {text!r} is not a YAML value ({problem})") from None
 
 
-def _set(raw: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
+def _set(raw: dict[str, Any], keys: list[str], value: Any) -> None:
+    """Raises LookupError for keys that lead nowhere."""
     here: Any = raw
     for depth, key in enumerate(keys):
         last = depth == len(keys) - 1
         at: Any = key
         if isinstance(here, list):
             if not key.isdecimal() or int(key) >= len(here):
-                raise BadInputError(
-                    f"--set {override}: {'.'.join(keys[:depth])} has {len(here)} entries, {key!r} is not an index of it"
-                )
+                raise LookupError(f"{'.'.join(keys[:depth])} has {len(here)} entries, {key!r} is not an index of it")
             at = int(key)
         elif isinstance(here, dict):
             at = int(key) if key not in here and key.isdecimal() else key
             if not last and here.get(at) is None:
                 here[at] = {}
         else:
-            raise BadInputError(f"--set {override}: {'.'.join(keys[:depth])} is {here!r} and has no parts to set")
+            raise LookupError(f"{'.'.join(keys[:depth])} is {here!r} and has no parts to set")
         if last:
             here[at] = value
         else:
@@ -137,7 +162,7 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _parse(text: str) -> Any:
+def parse_value(text: str) -> Any:
     """Plain values from YAML, none of them shared: to set one does not change another. Raises ValueError."""
     try:
         return _unshared(yaml.load(text, _Loader), ())
@@ -165,7 +190,7 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as problem:
         raise BadInputError(f"{path}: the scenario cannot be read ({problem}): check the path") from None
     try:
-        raw = _parse(text)
+        raw = parse_value(text)
     except ValueError as problem:
         raise BadInputError(f"{path}: not valid YAML: {problem}") from None
     if not isinstance(raw, dict):

@@ -14,7 +14,7 @@ from pipesim.scenario.model import Model
 from pipesim.scenario.network import Link, OwnLink
 from pipesim.scenario.section import Section
 from pipesim.scenario.workload import Execution, PolicySection, Workload
-from pipesim.scheduling.policy import policy_class, policy_names
+from pipesim.scheduling.policy import make_policy, policy_class, policy_names
 from pipesim.scheduling.scheduler import Scheduler
 
 _LOWEST_TEMPERATURE = 1e-3  # sampling divides by it
@@ -27,11 +27,23 @@ class Scenario(Section):
     cluster: Cluster
     workload: Workload
     policy: PolicySection
+    policies: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Settings by policy name: what ``policy`` leaves open comes from here, so that each policy can be named alone and
+    meets the others at its best."""
     acceptance: Acceptance | None = None
     """Simulation: which drafted tokens are right."""
     execution: Execution = Execution()
     seed: int = Field(default=0, ge=0, lt=2**64)
     """Same seed, same bytes out: simulated truth, sampling noise."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_the_policy(cls, raw: Any) -> Any:
+        match raw:
+            case {"policy": {"name": str(name)} as policy, "policies": dict(policies)}:
+                settings = policies.get(name)
+                return {**raw, "policy": {**settings, **policy}} if isinstance(settings, dict) else raw
+        return raw
 
     @model_validator(mode="after")
     def _check_across_sections(self) -> "Scenario":
@@ -103,6 +115,11 @@ class Scenario(Section):
                 f"workload.temperature = {self.workload.temperature}: "
                 f"use 0 (the most probable token) or at least {_LOWEST_TEMPERATURE}"
             )
+        for name, settings in self.policies.items():
+            try:
+                make_policy(name, settings)
+            except BadInputError as problem:
+                yield f"policies.{name}: {problem}"
         try:
             self.policy.build()
         except BadInputError as problem:
@@ -139,7 +156,12 @@ class Scenario(Section):
 def json_schema() -> dict[str, Any]:
     """The JSON Schema of scenario files, each known policy with its own settings."""
     schema = Scenario.model_json_schema()
-    schema["$defs"]["PolicySection"] = {"oneOf": [_policy_schema(name) for name in policy_names()]}
+    schemas = {name: _policy_schema(name) for name in policy_names()}
+    schema["$defs"]["PolicySection"] = {"oneOf": list(schemas.values())}
+    schema["properties"]["policies"] |= {
+        "properties": {name: _without_name(one) for name, one in schemas.items()},
+        "additionalProperties": False,
+    }
     return schema
 
 
@@ -154,3 +176,8 @@ def _policy_schema(name: str) -> dict[str, Any]:
         "required": ["name"],
         "additionalProperties": False,
     }
+
+
+def _without_name(policy: dict[str, Any]) -> dict[str, Any]:
+    settings = {key: field for key, field in policy["properties"].items() if key != "name"}
+    return {**policy, "properties": settings, "required": []}

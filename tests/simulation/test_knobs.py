@@ -63,6 +63,7 @@ MOVES: dict[str, list[str]] = {
     "workload.prompt_tokens": ["workload.prompt_tokens=20"],
     "workload.max_new_tokens": ["workload.max_new_tokens=30"],
     "policy.name": ["policy.name=speculative"],
+    "policies": ["policies.pipeinfer={micro_batch: 2}"],
     "acceptance.rate": ["acceptance.rate=0.5"],
     "acceptance.runner_up": ["policy.branches=2", "policy.p_split=0.05", "acceptance.runner_up=1"],
     "acceptance.confidence_right": ["policy.p_accept=0.6", "acceptance.confidence_right=0.5"],
