@@ -97,7 +97,7 @@ class LinkLost(msgspec.Struct, frozen=True, tag="link-lost", forbid_unknown_fiel
 
 
 class Planted(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a planted drafter replays: prompt and continuation, and an ``IidAcceptance`` as plain values."""
+    """What a planted drafter replays: prompt and continuation, and a ``PositionalAcceptance`` as plain values."""
 
     known_text: tuple[int, ...]
     acceptance: dict[str, float | str]

@@ -151,13 +151,16 @@ def plant(planted: Planted, seed: int, vocabulary: int) -> PlantedDrafter:
 
 
 def _simulated_draw(acceptance: dict[str, float | str], seed: int, vocabulary: int) -> Draw:
-    from pipesim.scenario import IidAcceptance  # only this drafter needs the scenario schema
-    from pipesim.simulation.acceptance import IidTruth
+    from pydantic import TypeAdapter  # only this drafter needs the scenario schema
 
-    truth = IidTruth(IidAcceptance.model_validate(acceptance), seed, 0, vocabulary)
+    from pipesim.scenario import PositionalAcceptance
+    from pipesim.simulation.acceptance import DrawnTruth
+
+    settings = TypeAdapter[PositionalAcceptance](PositionalAcceptance).validate_python(acceptance)
+    truth = DrawnTruth(settings, seed, 0, vocabulary)
 
     def draw(position: int) -> list[tuple[bool, float]]:
         right = truth.next(position, 0)
-        return [(token == right, confidence) for token, confidence in truth.candidates(position, 0)]
+        return [(token == right, confidence) for token, confidence in truth.candidates(position, 0, depth=1)]
 
     return draw

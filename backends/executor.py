@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import statistics
 import sys
@@ -18,19 +19,19 @@ from backends.models.loading import DEFAULT_MODEL, open_model
 from backends.nursery import configure_logging
 from backends.pipeline import Pipeline
 from backends.placement import split_layers
-from backends.probing import DraftCosts, Prober
+from backends.probing import DraftCosts, Drafts, Prober
 from backends.sampling import Sampling
 from backends.serve import serve
 from backends.tokenizer import ModelTokenizer, open_tokenizer
+from pipesim.acceptance_trace import FORMAT, AcceptanceTrace, RecordedSampling
 from pipesim.errors import BadInputError
 from pipesim.executors import Measurement, Probe, Progress, RealResult
 from pipesim.metrics import compute_metrics
 from pipesim.recorder import Recorder
-from pipesim.scenario import IidAcceptance, Model, Scenario
+from pipesim.scenario import IidAcceptance, MarkovAcceptance, Model, Scenario
 from pipesim.scheduling.events import GenerationStarted
 from pipesim.scheduling.policies.autoregressive import Autoregressive
 from pipesim.scheduling.scheduler import Scheduler
-from pipesim.scheduling.tree import Candidate, Detour
 from pipesim.trace import Trace
 
 OnText = Callable[[Progress], None]
@@ -46,10 +47,11 @@ class _Job:
     tokenizer: ModelTokenizer
     started: GenerationStarted
     sampling: Sampling
+    records_acceptance: bool = False
 
     @property
     def needs_drafter(self) -> bool:
-        return self.scenario.policy.build().limits.nodes > 0
+        return self.records_acceptance or self.scenario.policy.build().limits.nodes > 0
 
     @property
     def is_planted(self) -> bool:
@@ -79,7 +81,7 @@ class _Job:
     def planted(self, continuation: tuple[int, ...]) -> Planted | None:
         """What a planted drafter must know, if the scenario asks for one."""
         acceptance = self.scenario.acceptance
-        if not self.is_planted or not isinstance(acceptance, IidAcceptance):
+        if not self.is_planted or not isinstance(acceptance, IidAcceptance | MarkovAcceptance):
             return None
         return Planted((*self.started.prompt, *continuation), acceptance.model_dump())
 
@@ -100,14 +102,21 @@ class GrpcExecutor:
         section = Model(name=model, layers=config.layers, hidden=config.hidden, vocabulary=config.vocabulary)
         return section, split_layers(config, stages)
 
-    def execute(self, scenario: Scenario, events: TextIO | None = None, on_text: OnText | None = None) -> RealResult:
+    def execute(
+        self,
+        scenario: Scenario,
+        events: TextIO | None = None,
+        on_text: OnText | None = None,
+        record_acceptance: bool = False,
+    ) -> RealResult:
         """Generates for real. A planted drafter costs a plain generation before, so that it knows the text.
 
         Raises:
             BadInputError: the scenario does not fit the model, or a stage cannot be reached.
             StageFailedError: a stage failed on the way.
         """
-        return asyncio.run(_execute(_prepare(scenario), events, on_text))
+        job = dataclasses.replace(_prepare(scenario), records_acceptance=record_acceptance)
+        return asyncio.run(_execute(job, events, on_text))
 
     def measure(self, scenario: Scenario, repeats: int, logs: Path, on_text: OnText | None = None) -> Measurement:
         """One pipeline: probe, plain generation, then ``repeats`` generations as the scenario has it.
@@ -146,8 +155,10 @@ def _prepare(scenario: Scenario) -> _Job:
         )
     if workload.prompt is None:
         raise BadInputError("workload.prompt: a real run needs the prompt's text")
-    if scenario.execution.drafter == "planted" and not isinstance(scenario.acceptance, IidAcceptance):
-        raise BadInputError("acceptance: the planted drafter needs this section with kind: iid and a rate")
+    if scenario.execution.drafter == "planted" and not isinstance(
+        scenario.acceptance, IidAcceptance | MarkovAcceptance
+    ):
+        raise BadInputError("acceptance: the planted drafter needs this section with kind: iid or markov")
     tokenizer = open_tokenizer(source)
     prompt = _encode(tokenizer, workload.prompt, workload.chat)
     if len(prompt) + workload.max_new_tokens > config.max_context:
@@ -177,7 +188,11 @@ async def _execute(job: _Job, events: TextIO | None, on_text: OnText | None) -> 
         planted = None
         if job.is_planted:
             planted = job.planted((await _generate(job, pipeline, job.plain())).tokens)
-        return await _stream(job, pipeline, job.scenario.scheduler(), planted, events, on_text)
+        result = await _stream(job, pipeline, job.scenario.scheduler(), planted, events, on_text)
+        if not job.records_acceptance:
+            return result
+        prober = Prober(pipeline, job.started.prompt)
+        return dataclasses.replace(result, acceptance=await _record(job, prober, result.trace.tokens, planted))
 
 
 async def _stream(
@@ -243,11 +258,8 @@ async def _probe(job: _Job, pipeline: Pipeline) -> tuple[Probe, Planted | None]:
     plain = await _generate(job, pipeline, job.plain())
     planted = job.planted(plain.tokens)
     drafting = DraftCosts(0.0, 0.0)
-    candidates: tuple[tuple[Candidate, ...], ...] = ((),) * len(plain.tokens)
-    detours: tuple[Detour, ...] | None = None
     if job.needs_drafter:
         drafting = await prober.draft_costs(prompt, job.sampling, planted)
-        candidates, detours = await prober.drafts(prompt, plain.tokens, job.sampling, planted)
     probe = Probe(
         rows_ms=costs.rows_ms,
         prefill_row_ms=costs.prefill_row_ms,
@@ -255,12 +267,28 @@ async def _probe(job: _Job, pipeline: Pipeline) -> tuple[Probe, Planted | None]:
         head_ms=_head_overhead_ms(plain, costs.link_ms),
         level_ms=drafting.level_ms,
         draft_prefill_row_ms=drafting.prefill_row_ms,
-        prompt=prompt,
-        tokens=plain.tokens,
-        candidates=candidates,
-        detours=detours,
+        acceptance=await _record(job, prober, plain.tokens, planted),
     )
     return probe, planted
+
+
+async def _record(job: _Job, prober: Prober, tokens: tuple[int, ...], planted: Planted | None) -> AcceptanceTrace:
+    """What the drafter, if there is one, makes of the text; every policy gives the same text (I3)."""
+    started, sampling = job.started, job.sampling
+    drafts: Drafts = ((),) * len(tokens), None
+    if job.needs_drafter:
+        drafts = await prober.drafts(started.prompt, tokens, sampling, planted)
+    return AcceptanceTrace(
+        format=FORMAT,
+        model=job.scenario.model.name,
+        drafter=job.scenario.execution.drafter,
+        sampling=RecordedSampling(**dataclasses.asdict(sampling)),
+        prompt_tokens=started.prompt,
+        tokens=tokens,
+        stop_tokens=started.stop_tokens,
+        candidates=drafts[0],
+        detours=drafts[1],
+    )
 
 
 def _head_overhead_ms(plain: Trace, link_ms: float) -> float:

@@ -19,6 +19,10 @@ _REPEATS = 9
 _DRAFTED = 4
 
 
+Drafts = tuple[tuple[tuple[Candidate, ...], ...], tuple[Detour, ...] | None]
+"""A drafter's candidates for each token of a text, and its detours; see ``Drafter.trace`` and ``Drafter.detours``."""
+
+
 @dataclass(frozen=True, slots=True)
 class StageCosts:
     """Medians in ms: per stage by rows, per stage and prefill row, and for one hop between neighbours."""
@@ -111,8 +115,8 @@ class Prober:
 
     async def drafts(
         self, prompt: tuple[int, ...], tokens: tuple[int, ...], sampling: Sampling, planted: Planted | None
-    ) -> tuple[tuple[tuple[Candidate, ...], ...], tuple[Detour, ...] | None]:
-        """The drafter's candidates for each of ``tokens``, and its detours. Raises StageFailedError if it fails."""
+    ) -> Drafts:
+        """What the drafter proposes for each of ``tokens``. Raises StageFailedError if it fails."""
         reply = await self._ask(TraceText(self._session.number, (*prompt, *tokens), sampling, planted))
         if not isinstance(reply, TraceReply):
             raise InvariantError("the drafter answered something else than was asked for")

@@ -30,10 +30,7 @@ class Figure:
 
 def predict(scenario: Scenario, probe: Probe) -> Trace:
     """Simulates the scenario with the probe's costs and acceptance; the devices stay as the scenario has them."""
-    ended_early = len(probe.tokens) < scenario.workload.max_new_tokens
-    stop_tokens = probe.tokens[-1:] if ended_early else ()
-    truth = RecordedTruth(probe.prompt, probe.tokens, probe.candidates, probe.detours, stop_tokens)
-    return Simulation(with_probed_costs(scenario, probe), truth=truth).run()
+    return Simulation(with_probed_costs(scenario, probe), truth=RecordedTruth(probe.acceptance)).run()
 
 
 def with_probed_costs(scenario: Scenario, probe: Probe) -> Scenario:

@@ -6,9 +6,9 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Protocol, TextIO
 
+from pipesim.acceptance_trace import AcceptanceTrace
 from pipesim.errors import BadInputError
 from pipesim.scenario import Model, Scenario
-from pipesim.scheduling.tree import Candidate, Detour
 from pipesim.trace import Trace
 
 GROUP = "pipesim.executors"
@@ -16,10 +16,11 @@ GROUP = "pipesim.executors"
 
 @dataclass(frozen=True, slots=True)
 class RealResult:
-    """One real generation: its text, without special tokens, and what was recorded of it."""
+    """One real generation: its text, without special tokens, what was recorded of it, and what of its drafter."""
 
     text: str
     trace: Trace
+    acceptance: AcceptanceTrace | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +43,7 @@ class Probe:
         head_ms: what the head takes for one event.
         level_ms: what the drafter takes for one level of a tree.
         draft_prefill_row_ms: what the drafter takes for one prompt token before its first draft.
-        prompt: the prompt's tokens.
-        tokens: the text that plain decoding gave.
-        candidates: the drafter's for each of ``tokens``, best first.
-        detours: how the drafter goes on after its own wrong proposals; None: as it does on the text.
+        acceptance: the text that plain decoding gave, and the drafter's candidates all along it.
     """
 
     rows_ms: tuple[Mapping[int, float], ...]
@@ -54,10 +52,7 @@ class Probe:
     head_ms: float
     level_ms: float
     draft_prefill_row_ms: float
-    prompt: tuple[int, ...]
-    tokens: tuple[int, ...]
-    candidates: tuple[tuple[Candidate, ...], ...]
-    detours: tuple[Detour, ...] | None
+    acceptance: AcceptanceTrace
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +70,16 @@ class Executor(Protocol):
         """The model's section of a scenario, and a balanced number of layers for each of ``stages`` stages."""
 
     def execute(
-        self, scenario: Scenario, events: TextIO | None = None, on_text: Callable[[Progress], None] | None = None
+        self,
+        scenario: Scenario,
+        events: TextIO | None = None,
+        on_text: Callable[[Progress], None] | None = None,
+        record_acceptance: bool = False,
     ) -> RealResult:
-        """Runs a scenario for real; ``on_text`` hears text as it is committed. Writes the event log to ``events``."""
+        """Runs a scenario for real; ``on_text`` hears text as it is committed. Writes the event log to ``events``.
+
+        ``record_acceptance``: afterwards, ask the drafter for its candidates all along the text.
+        """
 
     def measure(
         self, scenario: Scenario, repeats: int, logs: Path, on_text: Callable[[Progress], None] | None = None

@@ -43,8 +43,8 @@ def test_every_scenario_that_we_ship_is_valid(path: Path) -> None:
         ("policy.name=pipinfer", "policy.name: there is no policy 'pipinfer'; did you mean 'pipeinfer'?"),
         ("policy.micro_bach=3", "policy.micro_bach: pipeinfer has no such setting; did you mean 'micro_batch'?"),
         ("policy.micro_batch=0", "policy.micro_batch: 0 is out of range"),
-        ("acceptance.kind=psychic", "acceptance.kind: there is no 'psychic'; known: iid, trace"),
-        ("acceptance={rate: 0.5}", "acceptance.kind: missing, add it; known: iid, trace"),
+        ("acceptance.kind=psychic", "acceptance.kind: there is no 'psychic'; known: iid, per_depth, markov, trace"),
+        ("acceptance={rate: 0.5}", "acceptance.kind: missing, add it; known: iid, per_depth, markov, trace"),
         ("cluster.stages.0.cost={constant_ms: 1}", "cluster.stages.0.cost.kind: missing, add it; known: linear, table"),
         ("model.layers=true", "model.layers = True: input should be a valid integer"),
         ("model.layers='12'", "model.layers = '12': input should be a valid integer"),
@@ -184,7 +184,14 @@ def test_numbers_with_an_exponent_are_numbers() -> None:
 
 def test_schema_and_loader_agree_that_a_kind_is_needed() -> None:
     definitions = json_schema()["$defs"]
-    for name in ("LinearCost", "TableCost", "IidAcceptance", "TraceAcceptance"):
+    for name in (
+        "LinearCost",
+        "TableCost",
+        "IidAcceptance",
+        "PerDepthAcceptance",
+        "MarkovAcceptance",
+        "TraceAcceptance",
+    ):
         assert "kind" in definitions[name]["required"]
 
 

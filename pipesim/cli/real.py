@@ -15,6 +15,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from pipesim.acceptance_trace import write_acceptance_trace
 from pipesim.cli.common import (
     EventsOption,
     JsonOption,
@@ -45,6 +46,14 @@ from pipesim.trace import Trace
 if TYPE_CHECKING:
     from pipesim.comparison import Figure
 
+RecordOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--record-acceptance",
+        metavar="FILE",
+        help="Write what the drafter proposes all along the text, for acceptance: {kind: trace} (JSON).",
+    ),
+]
 _INTERRUPTED = 130
 _TABLE_WIDTH = 112  # the table of figures does not fit 80 columns
 
@@ -83,6 +92,7 @@ def generate_command(
     overrides: SetOption = None,
     events: EventsOption = None,
     trace: TraceOption = None,
+    record_acceptance: RecordOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Generate text on a real pipeline, shown as it is committed. Its text never depends on policy and stages.
@@ -93,7 +103,7 @@ def generate_command(
     Example: pipesim generate "Count from one to twenty." --stages 2 --policy pipeinfer --max-new-tokens 64
     """
     executor = find_executor()
-    check_outputs(trace, events)
+    check_outputs(trace, events, record_acceptance)
     hosts = None if cluster is None else _hosts(cluster)
     if hosts is not None and stages not in (None, len(hosts)):
         raise BadInputError(f"--stages {stages}: {cluster} lists {len(hosts)} stages, leave --stages out")
@@ -121,19 +131,24 @@ def generate_command(
         description["acceptance"] = {"kind": "iid", "rate": 0.8}
     apply_overrides(description, overrides or ())
     scenario = build_scenario(description, "generate")
-    outcome = _execute(executor, scenario, events, as_json)
+    outcome = _execute(executor, scenario, events, as_json, record_acceptance)
     _report_generation(outcome, as_json, trace)
 
 
-def _execute(executor: Executor, scenario: Scenario, events: Path | None, as_json: bool) -> RealResult:
+def _execute(
+    executor: Executor, scenario: Scenario, events: Path | None, as_json: bool, acceptance: Path | None
+) -> RealResult:
     """One real generation; its text appears on stdout as it is committed, unless JSON is to stand there alone."""
-    with _interruptible(), writing(events) as log:
+    with _interruptible(), writing(events) as log, writing(acceptance) as record:
         if as_json:
-            return executor.execute(scenario, log)
-        with TextScreen.open() as screen:
-            outcome = executor.execute(scenario, log, screen.show)
-        with printing():
-            print()
+            outcome = executor.execute(scenario, log, record_acceptance=record is not None)
+        else:
+            with TextScreen.open() as screen:
+                outcome = executor.execute(scenario, log, screen.show, record is not None)
+            with printing():
+                print()
+        if record and outcome.acceptance:
+            write_acceptance_trace(outcome.acceptance, record)
         return outcome
 
 
@@ -177,6 +192,7 @@ def execute_command(
     trace: TraceOption = None,
     plot: PlotOption = None,
     events: EventsOption = None,
+    record_acceptance: RecordOption = None,
 ) -> None:
     """Run a scenario for real: its stages are processes over gRPC, its text is a model's.
 
@@ -185,9 +201,9 @@ def execute_command(
     Example: pipesim execute scenarios/demo.yaml --set policy.name=autoregressive --plot out.png
     """
     loaded = load(scenario, overrides, seed)
-    check_outputs(trace, events, plot=plot)
+    check_outputs(trace, events, record_acceptance, plot=plot)
     executor = find_executor()
-    outcome = _execute(executor, loaded, events, as_json)
+    outcome = _execute(executor, loaded, events, as_json, record_acceptance)
     report(outcome.trace, as_json=as_json, trace_file=trace, plot_file=plot, text=outcome.text)
 
 
@@ -241,7 +257,7 @@ def compare_command(
                 raise InvariantError(f"{log.name} does not replay (I9): {difference}")
     predicted = predict(loaded, measurement.probe)
     traces = [run.trace for run in measurement.runs]
-    figures = compare(predicted, traces, measurement.probe.tokens)
+    figures = compare(predicted, traces, measurement.probe.acceptance.tokens)
     with printing():
         if as_json:
             print(json.dumps({"metrics": {name: dataclasses.asdict(figure) for name, figure in figures.items()}}))

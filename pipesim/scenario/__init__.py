@@ -4,7 +4,15 @@ Units stand in the names: ``_ms`` milliseconds, ``_us`` microseconds, ``_bytes``
 Unknown keys are errors. ``pipesim.scenario_file`` reads scenarios from YAML.
 """
 
-from pipesim.scenario.acceptance import Acceptance, IidAcceptance, TraceAcceptance
+from pipesim.scenario.acceptance import (
+    Acceptance,
+    DrawnAcceptance,
+    IidAcceptance,
+    MarkovAcceptance,
+    PerDepthAcceptance,
+    PositionalAcceptance,
+    TraceAcceptance,
+)
 from pipesim.scenario.cluster import Cluster, Device, Drafter, Head, Stage, StagePlan
 from pipesim.scenario.costs import Cost, LinearCost, TableCost
 from pipesim.scenario.model import Model
@@ -19,6 +27,7 @@ __all__ = [
     "Cost",
     "Device",
     "Drafter",
+    "DrawnAcceptance",
     "Execution",
     "Head",
     "Hop",
@@ -26,9 +35,12 @@ __all__ = [
     "LinearCost",
     "Link",
     "Links",
+    "MarkovAcceptance",
     "Model",
     "OwnLink",
+    "PerDepthAcceptance",
     "PolicySection",
+    "PositionalAcceptance",
     "Scenario",
     "Section",
     "Stage",

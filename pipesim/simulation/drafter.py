@@ -70,10 +70,11 @@ class DrafterServer:
             self._job = job = self._waiting
             self._waiting = None
         request, truth, previous = job.request, self._truth, job.previous
+        depth = len(request.path) + 1  # of the first token to draft
         first = request.frontier + len(request.path)
 
         def candidates(path: tuple[int, ...]) -> Sequence[Candidate]:
-            return truth.candidates(first + len(path), path[-1] if path else previous)
+            return truth.candidates(first + len(path), path[-1] if path else previous, depth + len(path))
 
         tree, levels = grow_tree(candidates, request.max_nodes, request.branches, request.cutoff, request.split)
         self._draft = DraftReturned(request.request_id, tree)

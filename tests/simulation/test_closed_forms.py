@@ -1,5 +1,8 @@
 """The simulator against formulas that do not know it."""
 
+from itertools import accumulate
+from operator import mul
+
 import pytest
 from scenario_builder import build
 
@@ -82,6 +85,25 @@ def test_synchronous_speculation_on_one_stage_is_the_textbook_geometric_sum(rate
     chain = drafted * 2e-3 + 10e-3 + (drafted + 1) * 1e-3
     gaps = [after.time_s - before.time_s for before, after in zip(trace.emissions, trace.emissions[1:], strict=False)]
     assert gaps[: rounds // 2] == pytest.approx([chain] * (rounds // 2)), "every round drafts k tokens, then verifies"
+
+
+@pytest.mark.parametrize("rates", [(0.9, 0.6, 0.3), (0.5, 0.8), (0.95, 0.9, 0.8, 0.6, 0.4, 0.2)])
+def test_rates_by_depth_give_synchronous_speculation_the_sum_of_their_products(rates: tuple[float, ...]) -> None:
+    """A round brings its own token and drafted token i if all up to it are right: 1 + r1 + r1 r2 + ..."""
+    drafted = 5
+    trace = simulate(
+        build(
+            f"acceptance={{kind: per_depth, rates: {list(rates)}}}",
+            f"policy={{name: speculative, max_nodes: {drafted}, split: 1}}",
+            "cluster.stages.0.repeat=1",
+            NO_LINKS,
+            "workload.max_new_tokens=6000",
+        )
+    )
+    by_depth = [rates[min(depth, len(rates) - 1)] for depth in range(drafted)]
+    expected = 1 + sum(accumulate(by_depth, mul))
+    rounds = len(trace.emissions) - 1
+    assert (len(trace.tokens) - 1) / rounds == pytest.approx(expected, rel=0.03)
 
 
 def test_acceptance_1_is_bound_by_the_slowest_stage() -> None:

@@ -17,6 +17,7 @@ from pipesim.simulation.pipeline import simulate
 
 SHARED = ["cluster.devices=[{name: box, cores: 2}]", "cluster.stages.0.device=box", "cluster.drafter.device=box"]
 TABLE = ["cluster.stages.0.cost={kind: table, rows_ms: {1: 10, 4: 12}}"]
+MARKOV = "acceptance={kind: markov, good_rate: 0.9, bad_rate: 0.2}"
 MOVES: dict[str, list[str]] = {
     # knob (dotted, list indexes left out): [context..., the move]
     "model.layers": ["model.layers=48"],
@@ -65,6 +66,11 @@ MOVES: dict[str, list[str]] = {
     "policy.name": ["policy.name=speculative"],
     "policies": ["policies.pipeinfer={micro_batch: 2}"],
     "acceptance.rate": ["acceptance.rate=0.5"],
+    "acceptance.rates": ["acceptance={kind: per_depth, rates: [0.9, 0.8, 0.7]}", "acceptance.rates.2=0.2"],
+    "acceptance.good_rate": [MARKOV, "acceptance.good_rate=0.6"],
+    "acceptance.bad_rate": [MARKOV, "acceptance.bad_rate=0.6"],
+    "acceptance.good_tokens": [MARKOV, "acceptance.good_tokens=2"],
+    "acceptance.bad_tokens": [MARKOV, "acceptance.bad_tokens=40"],
     "acceptance.runner_up": ["policy.branches=2", "policy.p_split=0.05", "acceptance.runner_up=1"],
     "acceptance.confidence_right": ["policy.p_accept=0.6", "acceptance.confidence_right=0.5"],
     "acceptance.confidence_wrong": ["policy.p_accept=0.6", "acceptance.confidence_wrong=0.9"],
