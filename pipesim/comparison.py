@@ -46,7 +46,11 @@ def with_probed_costs(scenario: Scenario, probe: Probe) -> Scenario:
         for plan, rows_ms, prefill in zip(scenario.stages(), probe.rows_ms, probe.prefill_row_ms, strict=True)
     ]
     cluster["head"]["overhead_ms"] = probe.head_ms
-    cluster["drafter"] |= {"level_ms": probe.level_ms, "prefill_per_token_ms": probe.draft_prefill_row_ms}
+    cluster["drafter"] = {
+        "device": scenario.cluster.drafter.device,
+        "level_ms": probe.level_ms,
+        "prefill_per_token_ms": probe.draft_prefill_row_ms,
+    }
     cluster["links"] = {"latency_ms": probe.link_ms}
     return build_scenario(raw, "the scenario with probed costs")
 

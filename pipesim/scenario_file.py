@@ -216,8 +216,8 @@ def _explain(error: ErrorDetails) -> list[str]:
         return [f"{field} = {error['input']!r}: there is no such key, {fix}"]
     if kind == "missing":
         return [f"{field}: missing, add it"]
-    if kind == "value_error":
-        return [f"{field}: {error['ctx']['error']}"]
+    if kind == "value_error":  # a section's own validator
+        return [f"{field}: {line}" for line in str(error["ctx"]["error"]).splitlines()]
     message = error["msg"][0].lower() + error["msg"][1:]
     return [f"{field} = {error['input']!r}: {message}"]
 

@@ -45,7 +45,10 @@ def test_every_scenario_that_we_ship_is_valid(path: Path) -> None:
         ("policy.micro_batch=0", "policy.micro_batch: 0 is out of range"),
         ("acceptance.kind=psychic", "acceptance.kind: there is no 'psychic'; known: iid, per_depth, markov, trace"),
         ("acceptance={rate: 0.5}", "acceptance.kind: missing, add it; known: iid, per_depth, markov, trace"),
-        ("cluster.stages.0.cost={constant_ms: 1}", "cluster.stages.0.cost.kind: missing, add it; known: linear, table"),
+        (
+            "cluster.stages.0.cost={constant_ms: 1}",
+            "cluster.stages.0.cost.kind: missing, add it; known: linear, table",
+        ),
         ("model.layers=true", "model.layers = True: input should be a valid integer"),
         ("model.layers='12'", "model.layers = '12': input should be a valid integer"),
         ("acceptance.rate='0.5'", "acceptance.rate = '0.5': input should be a valid number"),

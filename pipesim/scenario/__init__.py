@@ -13,19 +13,22 @@ from pipesim.scenario.acceptance import (
     PositionalAcceptance,
     TraceAcceptance,
 )
-from pipesim.scenario.cluster import Cluster, Device, Drafter, Head, Stage, StagePlan
-from pipesim.scenario.costs import Cost, LinearCost, TableCost
-from pipesim.scenario.model import Model
+from pipesim.scenario.cluster import Cluster, Device, Drafter, Head, Stage
+from pipesim.scenario.costs import AllReduce, Cost, LinearCost, RooflineCost, TableCost
+from pipesim.scenario.model import Model, ModelShapeSection
 from pipesim.scenario.network import Hop, Link, Links, OwnLink
+from pipesim.scenario.plans import DraftPlan, StagePlan, StageSummary
 from pipesim.scenario.scenario import Scenario, json_schema
 from pipesim.scenario.section import Section
 from pipesim.scenario.workload import Execution, PolicySection, Workload
 
 __all__ = [
     "Acceptance",
+    "AllReduce",
     "Cluster",
     "Cost",
     "Device",
+    "DraftPlan",
     "Drafter",
     "DrawnAcceptance",
     "Execution",
@@ -37,14 +40,17 @@ __all__ = [
     "Links",
     "MarkovAcceptance",
     "Model",
+    "ModelShapeSection",
     "OwnLink",
     "PerDepthAcceptance",
     "PolicySection",
     "PositionalAcceptance",
+    "RooflineCost",
     "Scenario",
     "Section",
     "Stage",
     "StagePlan",
+    "StageSummary",
     "TableCost",
     "TraceAcceptance",
     "Workload",

@@ -1,10 +1,11 @@
 """Machines of a scenario, and what runs on them."""
 
-from dataclasses import dataclass
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from pipesim.scenario.costs import Cost
+from pipesim.scenario.costs import Cost, RooflineCost
+from pipesim.scenario.model import ModelShapeSection
 from pipesim.scenario.network import Links
 from pipesim.scenario.section import Section
 
@@ -23,8 +24,10 @@ class Stage(Section):
 
     cost: Cost
     """What a run costs here."""
-    layers: int | None = Field(default=None, ge=1)
-    """Layers of this stage; null: the model's other layers are spread evenly over all stages without a number."""
+    layers: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
+    """Layers of this stage. null: the model's other layers are spread evenly over all stages without a number. auto:
+    they are placed such that the slowest stage's one-row run is as fast as can be, LM head and a head on the same
+    device included, as far as memory has room."""
     device: str | None = None
     """Device it runs on; null: a machine of its own."""
     repeat: int = Field(default=1, ge=1)
@@ -45,10 +48,27 @@ class Drafter(Section):
 
     device: str | None = None
     """Device it runs on; null: a machine of its own."""
-    level_ms: float = Field(ge=0)
-    """Time to draft one level of a token tree, all its branches at once."""
+    level_ms: float | None = Field(default=None, ge=0)
+    """Time to draft one level of a token tree, all its branches at once; null: from model and cost."""
     prefill_per_token_ms: float = Field(default=0.0, ge=0)
-    """Time per prompt token before the first draft."""
+    """Time per prompt token before the first draft; with model and cost it follows from them."""
+    model: ModelShapeSection | None = None
+    """The draft model, in the place of level_ms."""
+    cost: RooflineCost | None = None
+    """What the draft model runs on, in the place of level_ms."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Drafter":
+        if self.level_ms is None and (self.model is None or self.cost is None):
+            missing = "model" if self.cost else "cost" if self.model else "level_ms"
+            raise ValueError(f"{missing}: missing, give level_ms or both model and cost")
+        if self.level_ms is not None and (self.model or self.cost):
+            raise ValueError(f"level_ms = {self.level_ms}: follows from model and cost: remove it or them")
+        if self.prefill_per_token_ms and self.level_ms is None:
+            raise ValueError(
+                f"prefill_per_token_ms = {self.prefill_per_token_ms}: follows from model and cost: remove it"
+            )
+        return self
 
 
 class Cluster(Section):
@@ -70,14 +90,3 @@ class Cluster(Section):
     """Prompt tokens per prefill run."""
     prefill_window: int = Field(default=8, ge=1)
     """Prefill runs in flight at once."""
-
-
-@dataclass(frozen=True, slots=True)
-class StagePlan:
-    """One stage after ``repeat`` and ``layers: null`` are spelled out. ``device`` is None for a machine of its own."""
-
-    name: str
-    first_layer: int
-    layers: int
-    device: str | None
-    cost: Cost

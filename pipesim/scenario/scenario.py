@@ -9,9 +9,21 @@ from pydantic import Field, TypeAdapter, model_validator
 
 from pipesim.errors import BadInputError
 from pipesim.scenario.acceptance import Acceptance, TraceAcceptance
-from pipesim.scenario.cluster import Cluster, StagePlan
+from pipesim.scenario.cluster import Cluster
+from pipesim.scenario.costs import RooflineCost
 from pipesim.scenario.model import Model
 from pipesim.scenario.network import Link, OwnLink
+from pipesim.scenario.plans import (
+    DraftPlan,
+    StagePlan,
+    StageSummary,
+    draft_plan,
+    drafter_problems,
+    memory_problems,
+    plan_stages,
+    roofline_problems,
+    summarize,
+)
 from pipesim.scenario.section import Section
 from pipesim.scenario.workload import Execution, PolicySection, Workload
 from pipesim.scheduling.policy import make_policy, policy_class, policy_names
@@ -48,14 +60,15 @@ class Scenario(Section):
     @model_validator(mode="after")
     def _check_across_sections(self) -> "Scenario":
         problems = list(chain(self._layer_problems(), self._device_problems(), self._other_problems()))
+        problems = problems or list(self._memory_problems())
         if problems:
             raise ValueError("\n".join(problems))
         return self
 
     def _layer_problems(self) -> Iterator[str]:
         stages = [stage for stage in self.cluster.stages for _ in range(stage.repeat)]
-        fixed = sum(stage.layers or 0 for stage in stages)
-        open_stages = sum(stage.layers is None for stage in stages)
+        numbers = [stage.layers for stage in stages if isinstance(stage.layers, int)]
+        fixed, open_stages = sum(numbers), len(stages) - len(numbers)
         left = self.model.layers - fixed
         if left < open_stages:
             yield (
@@ -67,6 +80,24 @@ class Scenario(Section):
                 f"cluster.stages: the stages' layers sum up to {fixed}, model.layers is {self.model.layers}: "
                 "make them equal, or leave one stage's layers out"
             )
+        if {None, "auto"} <= {stage.layers for stage in stages}:
+            yield "cluster.stages: layers are auto in some stages and left out in others: write auto in all of them"
+        for index, stage in enumerate(self.cluster.stages):
+            cost, field = stage.cost, f"cluster.stages.{index}"
+            if stage.layers == "auto" and not isinstance(cost, RooflineCost) and cost.per == "stage":
+                yield f"{field}.cost.per = 'stage': layers: auto needs the time of a layer: use per: layer"
+            yield from roofline_problems(f"{field}.cost", cost, "model", self.model)
+        yield from drafter_problems(self.cluster.drafter, self.workload.prompt_length + self.workload.max_new_tokens)
+
+    def _memory_problems(self) -> Iterator[str]:
+        plans = self.stages()
+        placed = sum(plan.layers for plan in plans)
+        if placed < self.model.layers:
+            yield (
+                f"cluster.stages: layers: auto finds memory for {placed} of {self.model.layers} layers: "
+                "use more or larger devices, or a smaller quantization"
+            )
+        yield from memory_problems(plans, self.kv_cells())
 
     def _device_problems(self) -> Iterator[str]:
         names = [device.name for device in self.cluster.devices]
@@ -127,25 +158,35 @@ class Scenario(Section):
 
     def stages(self) -> tuple[StagePlan, ...]:
         """The pipeline's stages in order, each with its layers."""
-        listed = [stage for stage in self.cluster.stages for _ in range(stage.repeat)]
-        open_stages = sum(stage.layers is None for stage in listed)
-        left = self.model.layers - sum(stage.layers or 0 for stage in listed)
-        plans: list[StagePlan] = []
-        first = 0
-        for index, stage in enumerate(listed):
-            layers = stage.layers
-            if layers is None:
-                layers = -(-left // open_stages)
-                left, open_stages = left - layers, open_stages - 1
-            plans.append(StagePlan(f"stage {index}", first, layers, stage.device, stage.cost))
-            first += layers
-        return tuple(plans)
+        head = (self.cluster.head.device, self.cluster.head.overhead_ms * 1e-3)
+        return plan_stages(self.cluster.stages, self.model, self.kv_cells(), self._middle(), head)
+
+    def stage_summaries(self) -> tuple[StageSummary, ...]:
+        """What each stage is, for reports."""
+        return tuple(summarize(plan, self.kv_cells(), self._middle()) for plan in self.stages())
+
+    def drafter(self) -> DraftPlan:
+        """The drafter's times, given or from its model."""
+        branches = self.policy.build().limits.branches
+        return draft_plan(self.cluster.drafter, self.workload.prompt_length, self._middle(), branches)
+
+    def kv_cells(self) -> int:
+        """KV cells of every stage."""
+        text = self.workload.prompt_length + self.workload.max_new_tokens
+        return self.policy.build().limits.kv_cells(text) if self.cluster.kv_cells is None else self.cluster.kv_cells
+
+    def _middle(self) -> float:
+        """Cells to which a row attends in the middle of the text."""
+        return self.workload.prompt_length + self.workload.max_new_tokens / 2
 
     def hops(self) -> tuple[Link, ...]:
         """The data links in order: head to first stage, between stages, last stage to head."""
         links = self.cluster.links
         special = {hop.hop: hop for hop in links.hops}
-        return tuple(special.get(index, OwnLink()).over(links) for index in range(len(self.stages()) + 1))
+        return tuple(
+            special.get(index, OwnLink()).over(links)
+            for index in range(sum(stage.repeat for stage in self.cluster.stages) + 1)
+        )
 
     def scheduler(self) -> Scheduler:
         """A fresh scheduler with this scenario's policy and limits."""

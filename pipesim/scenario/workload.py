@@ -7,6 +7,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from pipesim.scenario.section import Section
 from pipesim.scheduling.policy import Policy, make_policy
 
+_CHARACTERS_PER_TOKEN = 4
+
 
 class Workload(Section):
     """What the user asks for."""
@@ -28,6 +30,11 @@ class Workload(Section):
     """Real runs: sample among this many most probable tokens."""
     top_p: float | None = Field(default=None, gt=0, le=1)
     """Real runs: sample among the most probable tokens that reach this probability together."""
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens of the prompt, as far as it is known without a tokenizer; 0 if only a recorded trace knows them."""
+        return self.prompt_tokens or -(-len(self.prompt or "") // _CHARACTERS_PER_TOKEN)
 
 
 class PolicySection(BaseModel):

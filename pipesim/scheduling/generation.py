@@ -30,6 +30,10 @@ class SpeculationLimits:
         if self.partitions < 0 or self.branches < 1 or self.nodes < 0:
             raise BadInputError(f"a policy's limits must be at least 0, 1 and 0, got {self}")
 
+    def kv_cells(self, text: int) -> int:
+        """Enough KV cells for a text of so many tokens and all that can be in flight."""
+        return text + self.partitions * (self.nodes + 1)
+
 
 class Generation:
     """State and moves. Policies read the attributes and call the moves; only the scheduler does more."""
@@ -41,7 +45,7 @@ class Generation:
         self.limit = self.prompt_length + started.max_new_tokens
         self.limits = limits
         self.stop_tokens = frozenset(started.stop_tokens)
-        cells = self.limit + limits.partitions * (limits.nodes + 1) if kv_cells is None else kv_cells
+        cells = limits.kv_cells(self.limit) if kv_cells is None else kv_cells
         if cells < self.limit:
             raise BadInputError(f"kv_cells: {cells} cells cannot hold prompt + max_new_tokens = {self.limit}")
         self.text = list(started.prompt)

@@ -23,7 +23,6 @@ from pipesim.simulation.randomness import mix, stream, unit
 
 _MASK = 2**64 - 1
 _TARGET, _DRAFTER = 0x7461726765740001, 0x6472616674657202  # one stream for each subsystem
-_CHARACTERS_PER_TOKEN = 4
 _REMEMBERED = 1024  # positions whose draw is kept, a power of 2: more than are in flight at a time
 
 Rates = tuple[float, ...]
@@ -203,8 +202,7 @@ def make_truth(scenario: Scenario) -> Truth:
     if acceptance is None:
         raise BadInputError("acceptance: a simulation needs this section, e.g. acceptance: {kind: iid, rate: 0.7}")
     if not isinstance(acceptance, TraceAcceptance):
-        count = workload.prompt_tokens or -(-len(workload.prompt or "") // _CHARACTERS_PER_TOKEN)
-        return DrawnTruth(acceptance, scenario.seed, count, scenario.model.vocabulary)
+        return DrawnTruth(acceptance, scenario.seed, workload.prompt_length, scenario.model.vocabulary)
     truth = RecordedTruth(read_acceptance_trace(acceptance.file))
     if workload.prompt_tokens not in (None, len(truth.prompt)):
         raise BadInputError(

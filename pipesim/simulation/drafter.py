@@ -7,7 +7,7 @@ from functools import partial
 from simpy.events import Timeout
 
 from pipesim.recorder import Recorder
-from pipesim.scenario import Drafter
+from pipesim.scenario import DraftPlan
 from pipesim.scheduling.commands import RequestDraft
 from pipesim.scheduling.events import DraftReturned
 from pipesim.scheduling.tree import Candidate, grow_tree
@@ -29,7 +29,7 @@ class DrafterServer:
     def __init__(
         self,
         clock: Clock,
-        settings: Drafter,
+        plan: DraftPlan,
         device: Device,
         truth: Truth,
         recorder: Recorder,
@@ -40,8 +40,8 @@ class DrafterServer:
         self._truth = truth
         self._record = recorder.draft_span
         self._answer = answer
-        self._level = round(settings.level_ms * 1e6)
-        self._setup = round(settings.prefill_per_token_ms * 1e6 * len(truth.prompt))
+        self._level = round(plan.level_ms * 1e6)
+        self._setup = round(plan.prefill_per_token_ms * 1e6 * len(truth.prompt))
         self._waiting: DraftJob | None = None
         self._job: DraftJob | None = None
         self._draft: DraftReturned | None = None  # what the job will bring, None while it waits for a core

@@ -84,7 +84,7 @@ class Simulation:
         ]
         drafter_device = device_of(cluster.drafter.device, "drafter")
         self.drafter = DrafterServer(
-            self.clock, cluster.drafter, drafter_device, self.truth, self.recorder, self._leave_drafter
+            self.clock, scenario.drafter(), drafter_device, self.truth, self.recorder, self._leave_drafter
         )
 
     def run(self) -> Trace:

@@ -9,7 +9,6 @@ from simpy.events import Timeout
 from pipesim.recorder import Recorder
 from pipesim.scenario import StagePlan
 from pipesim.scheduling.runs import Run
-from pipesim.simulation.costs import make_cost_model
 from pipesim.simulation.devices import Clock, Device
 from pipesim.simulation.links import metadata_bytes
 
@@ -44,7 +43,7 @@ class StageServer:
         self._clock = clock
         self._index = index
         self._layers = plan.layers
-        self._seconds = make_cost_model(plan).seconds
+        self._seconds = plan.cost_model().seconds
         self._device = device
         self._record = recorder.stage_span
         self._leave = leave

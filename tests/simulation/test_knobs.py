@@ -18,7 +18,53 @@ from pipesim.simulation.pipeline import simulate
 SHARED = ["cluster.devices=[{name: box, cores: 2}]", "cluster.stages.0.device=box", "cluster.drafter.device=box"]
 TABLE = ["cluster.stages.0.cost={kind: table, rows_ms: {1: 10, 4: 12}}"]
 MARKOV = "acceptance={kind: markov, good_rate: 0.9, bad_rate: 0.2}"
+SIZES = "layers: 12, hidden: 64, heads: 8, kv_heads: 4, intermediate: 256"
+ROOFLINE = "{kind: roofline, memory_bandwidth_gbytes_s: 0.05, peak_tflops: 0.001}"
+
+
+def model_moves(model: str, context: list[str]) -> dict[str, list[str]]:
+    """Sizes of a model that a roofline cost reads."""
+    moves = ("heads=4", "kv_heads=8", "intermediate=512", "gated=false", "quantization=q8_0", "kv_bytes=4")
+    return {f"{model}.{move.split('=')[0]}": [*context, f"{model}.{move}"] for move in moves}
+
+
+def cost_moves(cost: str, path: str, context: list[str]) -> dict[str, list[str]]:
+    """Settings of a roofline cost; ``path`` leads to it in overrides."""
+    parallel = [*context, f"{path}.tensor_parallel=2", f"{path}.all_reduce={{bandwidth_gbytes_s: 0.1, latency_us: 9}}"]
+    known = [*context, f"{path}={{kind: roofline, profile: dual-xeon-2023, memory_bandwidth_gbytes_s: 1.0e+6}}"]
+    moves = {
+        "profile": [*known, f"{path}.profile=h100-sxm"],
+        "compute": [*known, f"{path}.compute=float32"],
+        "memory_bandwidth_gbytes_s": [*context, f"{path}.memory_bandwidth_gbytes_s=0.1"],
+        "bandwidth_efficiency": [*context, f"{path}.bandwidth_efficiency=0.5"],
+        "peak_tflops": [*context, f"{path}.peak_tflops=0.00001"],
+        "compute_efficiency": [*context, f"{path}.peak_tflops=0.00001", f"{path}.compute_efficiency=0.5"],
+        "overhead_ms": [*context, f"{path}.overhead_ms=3"],
+        "tensor_parallel": [*parallel, f"{path}.tensor_parallel=4"],
+        "all_reduce.profile": [*parallel, f"{path}.all_reduce={{profile: nvlink-4}}"],
+        "all_reduce.bandwidth_gbytes_s": [*parallel, f"{path}.all_reduce.bandwidth_gbytes_s=0.01"],
+        "all_reduce.latency_us": [*parallel, f"{path}.all_reduce.latency_us=99"],
+    }
+    return {f"{cost}.{key}": sets for key, sets in moves.items()}
+
+
+STAGES = [f"model={{name: toy, {SIZES}}}", f"cluster.stages.0.cost={ROOFLINE}"]
+DRAFT = ["policy.name=speculative", f"cluster.drafter={{model: {{{SIZES}, vocabulary: 500}}, cost: {ROOFLINE}}}"]
 MOVES: dict[str, list[str]] = {
+    **model_moves("model", STAGES),
+    **cost_moves("cluster.stages.cost", "cluster.stages.0.cost", STAGES),
+    **model_moves("cluster.drafter.model", DRAFT),
+    **cost_moves("cluster.drafter.cost", "cluster.drafter.cost", DRAFT),
+    "model.profile": [*STAGES, "model={profile: smollm2-135m}", "model.profile=tinyllama-1.1b"],
+    "cluster.drafter.model.profile": [
+        *DRAFT,
+        "cluster.drafter.model={profile: smollm2-135m}",
+        "cluster.drafter.model.profile=tinyllama-1.1b",
+    ],
+    "cluster.drafter.model.layers": [*DRAFT, "cluster.drafter.model.layers=6"],
+    "cluster.drafter.model.hidden": [*DRAFT, "cluster.drafter.model.hidden=128"],
+    "cluster.drafter.model.vocabulary": [*DRAFT, "cluster.drafter.model.vocabulary=64000"],
+    "cluster.stages.cost.lm_head_ms": ["cluster.stages.0.cost.lm_head_ms=5"],
     # knob (dotted, list indexes left out): [context..., the move]
     "model.layers": ["model.layers=48"],
     "model.hidden": ["model.hidden=4096"],
@@ -79,6 +125,11 @@ MOVES: dict[str, list[str]] = {
 }
 ELSEWHERE = {
     "model.name": "a label here; names what to load for real",
+    "model.tied": "memory: tests/hardware/test_memory.py",
+    "cluster.drafter.model.tied": "memory: tests/hardware/test_memory.py",
+    "cluster.stages.cost.memory_gib": "a limit: tests/hardware/test_memory.py",
+    "cluster.drafter.cost.memory_gib": "a limit: tests/hardware/test_memory.py",
+    "cluster.drafter.cost.kind": "there is but one",
     "cluster.devices.name": "a reference: a wrong one is refused",
     "acceptance.kind": "tests/simulation/test_acceptance.py",
     "acceptance.file": "tests/simulation/test_acceptance.py",

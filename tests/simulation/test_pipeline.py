@@ -218,7 +218,7 @@ def test_a_drafter_that_waited_for_a_core_drafts_for_the_newest_request() -> Non
     scenario = build()
     recorder: Any = SimpleNamespace(draft_span=lambda *span: spans.append(span))
     drafter = DrafterServer(
-        clock, scenario.cluster.drafter, device, make_truth(scenario), recorder, lambda draft: answers.append(draft)
+        clock, scenario.drafter(), device, make_truth(scenario), recorder, lambda draft: answers.append(draft)
     )
     device.acquire(lambda: None)  # somebody else's work
     for at, request_id in ((0, 4), (1, 5)):

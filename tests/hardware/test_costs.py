@@ -2,14 +2,13 @@ import pytest
 
 from pipesim.scenario import LinearCost, StagePlan, TableCost
 from pipesim.scheduling.runs import Run, RunKind
-from pipesim.simulation.costs import make_cost_model
 from pipesim.simulation.stage import Frame
 
 DECODE, PREFILL = RunKind.CANONICAL, RunKind.PREFILL
 
 
 def seconds(cost: LinearCost | TableCost, rows: int, kv_length: int = 0, kind: RunKind = DECODE) -> float:
-    return make_cost_model(StagePlan("s", 0, 5, None, cost)).seconds(kind, rows, kv_length)
+    return StagePlan("s", 0, 5, None, cost).cost_model().seconds(kind, rows, kv_length)
 
 
 def test_linear() -> None:
