@@ -11,7 +11,7 @@ from pipesim.metrics import compute_metrics
 from pipesim.scenario import Scenario
 from pipesim.scenario_file import build_scenario
 from pipesim.simulation.acceptance import RecordedTruth
-from pipesim.simulation.pipeline import Simulation
+from pipesim.simulation.pipeline import simulate
 from pipesim.trace import Trace
 
 
@@ -30,7 +30,7 @@ class Figure:
 
 def predict(scenario: Scenario, probe: Probe) -> Trace:
     """Simulates the scenario with the probe's costs and acceptance; the devices stay as the scenario has them."""
-    return Simulation(with_probed_costs(scenario, probe), truth=RecordedTruth(probe.acceptance)).run()
+    return simulate(with_probed_costs(scenario, probe), truth=RecordedTruth(probe.acceptance))
 
 
 def with_probed_costs(scenario: Scenario, probe: Probe) -> Scenario:

@@ -1,10 +1,12 @@
-"""Sits between a driver, simulated or real, and its scheduler, and writes down what passes."""
+"""Sits between a driver, simulated or real, and its scheduler, and sees what passes."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TextIO
 
 from pipesim.errors import InvariantError
 from pipesim.event_log import EventLogWriter
+from pipesim.metrics import Metrics, Tally
 from pipesim.scheduling.commands import (
     Command,
     EmitTokens,
@@ -18,30 +20,24 @@ from pipesim.scheduling.commands import (
 from pipesim.scheduling.events import Event, GenerationStarted, RunReturned
 from pipesim.scheduling.runs import Run
 from pipesim.scheduling.scheduler import Scheduler
-from pipesim.trace import DraftSpan, Emission, RunRecord, StageSpan, Trace
+from pipesim.trace import DraftSpan, Emission, Latency, RunRecord, StageSpan, Trace
 
 
-class Recorder:
-    """Passes events on to ``scheduler`` and fills a trace from events and commands.
+class Observer(ABC):
+    """Passes events on to ``scheduler``, writes the event log, and sees to it that every run ends once (I1).
 
-    The driver adds what only it can know: stage and drafter spans, bytes on links. Rows are kept as plain tuples and
-    become dataclasses at the end, because this code runs once per simulated event. ``now`` is the driver's own clock
-    in seconds; the first event is the trace's time zero.
+    A ``Recorder`` keeps all that passes, a ``Meter`` only sums it up. The driver adds what only it can know: stage and
+    drafter spans, bytes on links, latencies. Times are on the driver's own clock, in ticks of ``1 / ticks_per_s``; the
+    first event is time zero.
     """
 
-    def __init__(self, scheduler: Scheduler, seed: int, stages: Sequence[str], events: TextIO | None = None) -> None:
+    def __init__(self, scheduler: Scheduler, seed: int, events: TextIO | None = None, ticks_per_s: float = 1) -> None:
         self.scheduler = scheduler
-        self._seed = seed
-        self._stages = tuple(stages)
         self._log = EventLogWriter(events, scheduler, seed) if events else None
+        self._ticks_per_s = ticks_per_s
         self._started: float | None = None
         self._prompt_tokens = 0
-        self._submitted: dict[int, tuple[Run, float]] = {}
-        self._returned: dict[int, float] = {}
-        self._ended: dict[int, tuple[Outcome, int]] = {}
-        self._emissions: list[tuple[float, int, tuple[int, ...]]] = []
-        self._spans: list[tuple[int, int, float, float, bool]] = []
-        self._drafts: list[tuple[int, float, float, int]] = []
+        self._open: set[int] = set()  # runs that have not ended
         self._link_bytes: dict[str, int] = {}
         self._reason: FinishReason | None = None
         self._finished: float | None = None
@@ -51,54 +47,130 @@ class Recorder:
         """What ``Scheduler.handle`` answers."""
         if self._started is None:
             self._started = now
-        kind = type(event)
-        if kind is RunReturned:
-            self._returned[event.run_id] = now  # type: ignore[union-attr]
-        elif kind is GenerationStarted:
-            self._prompt_tokens = len(event.prompt)  # type: ignore[union-attr]
-        commands = self.scheduler.handle(event, now)
+        if type(event) is RunReturned:
+            self._returned(event.run_id, now)
+        elif type(event) is GenerationStarted:
+            self._prompt_tokens = len(event.prompt)
+        commands = self.scheduler.handle(event, now / self._ticks_per_s)
         if self._log:
-            self._log.write(now, event, commands)
+            self._log.write(now / self._ticks_per_s, event, commands)
         for command in commands:
-            self._note(command, now)
+            kind = type(command)  # a match statement would cost more than all the rest
+            if kind is SubmitRun:
+                run: Run = command.run  # type: ignore[union-attr]
+                self._open.add(run.run_id)
+                self._submitted(run, now)
+            elif kind is EndRun:
+                self._end(command)  # type: ignore[arg-type]
+            elif kind is EmitTokens:
+                self._emitted(command, now)  # type: ignore[arg-type]
+            elif kind is FinishGeneration:
+                self._reason, self._finished = command.reason, now  # type: ignore[union-attr]
+                self._all_emitted(now)
+            elif kind is ReleaseSession:
+                if self._open:
+                    raise InvariantError(f"the session is over, but runs {sorted(self._open)} have not ended (I1)")
+                self._drained = now
         return commands
 
-    def _note(self, command: Command, now: float) -> None:
-        match command:
-            case SubmitRun(run):
-                self._submitted[run.run_id] = (run, now)
-            case EndRun(run_id, outcome, useful_rows):
-                if run_id in self._ended or run_id not in self._submitted:
-                    raise InvariantError(f"run {run_id} ended twice or was never submitted (I1)")
-                self._ended[run_id] = (outcome, useful_rows)
-            case EmitTokens(position, tokens):
-                self._emissions.append((now, position, tokens))
-            case FinishGeneration(reason):
-                self._reason, self._finished = reason, now
-            case ReleaseSession():
-                if lost := self._submitted.keys() - self._ended.keys():
-                    raise InvariantError(f"the session is over, but runs {sorted(lost)} have not ended (I1)")
-                self._drained = now
-
-    def stage_span(self, stage: int, run_id: int, start: float, end: float, void: bool) -> None:
-        """A run left a stage; times on the driver's clock."""
-        self._spans.append((stage, run_id, start, end, void))
-
-    def draft_span(self, request_id: int, start: float, end: float, tokens: int) -> None:
-        """The drafter answered (or abandoned, ``tokens=0``) a request; times on the driver's clock."""
-        self._drafts.append((request_id, start, end, tokens))
+    def _end(self, end: EndRun) -> None:
+        if end.run_id not in self._open:
+            raise InvariantError(f"run {end.run_id} ended twice or was never submitted (I1)")
+        self._open.remove(end.run_id)
+        self._ended(end)
 
     def link_sent(self, link: str, size_bytes: int) -> None:
         """Adds to the bytes that were sent over a link."""
         self._link_bytes[link] = self._link_bytes.get(link, 0) + size_bytes
 
+    @abstractmethod
+    def stage_span(self, stage: int, run_id: int, start: float, end: float, void: bool) -> None:
+        """A run left a stage."""
+
+    @abstractmethod
+    def draft_span(self, request_id: int, start: float, end: float, tokens: int) -> None:
+        """The drafter answered (or abandoned, ``tokens=0``) a request."""
+
+    @abstractmethod
+    def latency(self, latency: Latency) -> None:
+        """How the time until the newest emission was spent; from the first on or never."""
+
+    @abstractmethod
+    def _submitted(self, run: Run, now: float) -> None: ...
+
+    @abstractmethod
+    def _returned(self, run_id: int, now: float) -> None: ...
+
+    @abstractmethod
+    def _ended(self, end: EndRun) -> None: ...
+
+    @abstractmethod
+    def _emitted(self, emitted: EmitTokens, now: float) -> None: ...
+
+    @abstractmethod
+    def _all_emitted(self, now: float) -> None: ...
+
+
+class Recorder(Observer):
+    """Keeps everything for a trace. Rows are plain tuples until the end: this code runs once per simulated event."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        seed: int,
+        stages: Sequence[str],
+        events: TextIO | None = None,
+        ticks_per_s: float = 1,
+    ) -> None:
+        super().__init__(scheduler, seed, events, ticks_per_s)
+        self._seed = seed
+        self._stages = tuple(stages)
+        self._runs: dict[int, tuple[Run, float]] = {}
+        self._returns: dict[int, float] = {}
+        self._ends: dict[int, tuple[Outcome, int]] = {}
+        self._emissions: list[tuple[float, EmitTokens]] = []
+        self._latencies: list[Latency] = []
+        self._spans: list[tuple[int, int, float, float, bool]] = []
+        self._drafts: list[tuple[int, float, float, int]] = []
+
+    def stage_span(self, stage: int, run_id: int, start: float, end: float, void: bool) -> None:
+        """A run left a stage."""
+        self._spans.append((stage, run_id, start, end, void))
+
+    def draft_span(self, request_id: int, start: float, end: float, tokens: int) -> None:
+        """The drafter answered (or abandoned, ``tokens=0``) a request."""
+        self._drafts.append((request_id, start, end, tokens))
+
+    def latency(self, latency: Latency) -> None:
+        """How the time until the newest emission was spent; from the first on or never."""
+        self._latencies.append(latency)
+
+    def _submitted(self, run: Run, now: float) -> None:
+        self._runs[run.run_id] = (run, now)
+
+    def _returned(self, run_id: int, now: float) -> None:
+        self._returns[run_id] = now
+
+    def _ended(self, end: EndRun) -> None:
+        self._ends[end.run_id] = (end.outcome, end.useful_rows)
+
+    def _emitted(self, emitted: EmitTokens, now: float) -> None:
+        self._emissions.append((now, emitted))
+
+    def _all_emitted(self, now: float) -> None:
+        pass
+
     def trace(self) -> Trace:
         """All that was recorded so far."""
-        zero = self._started or 0.0
+        zero, ticks_per_s = self._started or 0, self._ticks_per_s
+
+        def at(time: float) -> float:
+            return (time - zero) / ticks_per_s
 
         def since(time: float | None) -> float | None:
-            return None if time is None else time - zero
+            return None if time is None else at(time)
 
+        latencies: Sequence[Latency | None] = self._latencies or [None] * len(self._emissions)
         return Trace(
             policy=self.scheduler.policy.name,
             seed=self._seed,
@@ -110,18 +182,63 @@ class Recorder:
             link_bytes=dict(self._link_bytes),
             drafted_verified=self.scheduler.statistics.drafted_verified,
             drafted_accepted=self.scheduler.statistics.drafted_accepted,
-            spans=tuple(StageSpan(s, run, start - zero, end - zero, void) for s, run, start, end, void in self._spans),
-            drafts=tuple(DraftSpan(r, start - zero, end - zero, n) for r, start, end, n in self._drafts),
+            spans=tuple(StageSpan(s, run, at(start), at(end), void) for s, run, start, end, void in self._spans),
+            drafts=tuple(DraftSpan(request, at(start), at(end), n) for request, start, end, n in self._drafts),
             runs=tuple(
                 RunRecord(
                     run_id,
                     run.kind,
                     run.rows,
-                    submitted - zero,
-                    since(self._returned.get(run_id)),
-                    *self._ended.get(run_id, (None, 0)),
+                    at(submitted),
+                    since(self._returns.get(run_id)),
+                    *self._ends.get(run_id, (None, 0)),
                 )
-                for run_id, (run, submitted) in self._submitted.items()
+                for run_id, (run, submitted) in self._runs.items()
             ),
-            emissions=tuple(Emission(time - zero, position, tokens) for time, position, tokens in self._emissions),
+            emissions=tuple(
+                Emission(at(time), emitted.position, emitted.tokens, latency)
+                for (time, emitted), latency in zip(self._emissions, latencies, strict=True)
+            ),
+        )
+
+
+class Meter(Observer):
+    """Sums up what passes and keeps no trace. Its driver's clock counts whole nanoseconds from 0."""
+
+    def __init__(self, scheduler: Scheduler, seed: int, stages: int, events: TextIO | None = None) -> None:
+        super().__init__(scheduler, seed, events, ticks_per_s=1e9)
+        self._tally = Tally(stages)
+
+    def stage_span(self, stage: int, run_id: int, start: float, end: float, void: bool) -> None:
+        """A run left a stage."""
+        self._tally.span(stage, run_id, start, end)
+
+    def draft_span(self, request_id: int, start: float, end: float, tokens: int) -> None:
+        """The drafter answered (or abandoned, ``tokens=0``) a request."""
+        self._tally.draft_tokens += tokens
+
+    def latency(self, latency: Latency) -> None:
+        """How the time until the newest emission was spent; from the first on or never."""
+        self._tally.latency(latency)
+
+    def _submitted(self, run: Run, now: float) -> None:
+        self._tally.submitted(run.run_id, run.kind, run.rows)
+
+    def _returned(self, run_id: int, now: float) -> None:
+        pass
+
+    def _ended(self, end: EndRun) -> None:
+        self._tally.ended(end.run_id, end.outcome, end.useful_rows)
+
+    def _emitted(self, emitted: EmitTokens, now: float) -> None:
+        self._tally.emitted(now, len(emitted.tokens))
+
+    def _all_emitted(self, now: float) -> None:
+        self._tally.end = now
+
+    def metrics(self) -> Metrics:
+        """The figures of the generation, as ``compute_metrics`` would derive them from its trace."""
+        statistics = self.scheduler.statistics
+        return self._tally.metrics(
+            statistics.drafted_verified, statistics.drafted_accepted, sum(self._link_bytes.values())
         )

@@ -57,12 +57,34 @@ class RunRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class Latency:
+    """How the time until a token was there was spent, in whole nanoseconds: since the token before, or the prompt.
+
+    ``queueing``: waiting for a link, a stage, a core or the head. ``compute``: in stages. ``serialisation``: a link was
+    busy with the message itself. ``propagation``: the message was on its way. ``head``: the head handled events.
+    ``drafter``: the head had nothing to submit before a draft came, its way there and back included.
+    """
+
+    queueing: int
+    compute: int
+    serialisation: int
+    propagation: int
+    head: int
+    drafter: int
+
+
+@dataclass(frozen=True, slots=True)
 class Emission:
-    """Tokens shown to the user at once; the first stands at position ``position``."""
+    """Tokens shown to the user at once; the first stands at position ``position``.
+
+    ``latency`` sums up to the time since the emission before, or since the prompt; ``None`` in real runs, whose frames
+    do not tell. Only the first of several tokens had to be waited for.
+    """
 
     time_s: float
     position: int
     tokens: tuple[int, ...]
+    latency: Latency | None = None
 
 
 @dataclass(frozen=True, slots=True)

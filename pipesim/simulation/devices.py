@@ -1,37 +1,72 @@
-"""Simulated time and the machines in it. SimPy serves as an event list: timeouts with callbacks, no processes."""
+"""Simulated time and the machines in it. SimPy serves as an event list: calls at times, no processes."""
 
 from collections import deque
 from collections.abc import Callable
+from heapq import heappop, heappush
 from typing import Any
 
 import simpy
-from simpy.core import EmptySchedule
-from simpy.events import Timeout
+from simpy.events import NORMAL
+
+EVENTS_AT_ONCE = 100_000
+"""More events in a row that take no time are a standstill: void frames pass through whole pipelines with far fewer."""
 
 
-class Clock:
+class Call:
+    """A SimPy event that calls ``callback(call)``, at a fraction of a ``Timeout``'s price.
+
+    Of an event in its list SimPy uses no more than ``callbacks`` and ``_ok``, so ``Environment.step`` carries it out.
+    """
+
+    __slots__ = ("callbacks", "value")
+    _ok = True
+
+    def __init__(self, callback: Callable[["Call"], None], value: Any) -> None:
+        self.callbacks = (callback,)
+        self.value = value
+
+
+class Clock(simpy.Environment):
     """The event list. Time is whole nanoseconds; equal times keep the order in which they were asked for."""
 
+    now: int = 0
+    """The present in nanoseconds; a plain attribute, because it is read several times per event."""
+
     def __init__(self) -> None:
-        self._environment = simpy.Environment(initial_time=0)
+        super().__init__()
+        self.stopped = False
 
     @property
-    def now(self) -> int:
-        """The present in nanoseconds."""
-        return self._environment._now  # type: ignore[return-value]  # the property costs a call per event
+    def _now(self) -> int:  # where SimPy keeps its time
+        return self.now
 
-    def at(self, time: int, callback: Callable[[Timeout], None], value: Any = None) -> None:
-        """Calls ``callback(timeout)`` at ``time``; the timeout carries ``value``."""
-        environment = self._environment
-        Timeout(environment, time - environment._now, value).callbacks.append(callback)
+    @_now.setter
+    def _now(self, time: int) -> None:
+        self.now = time
 
-    def step(self) -> bool:
-        """Goes on to the next event and carries it out; says whether there was one."""
-        try:
-            self._environment.step()
-        except EmptySchedule:
-            return False
-        return True
+    def at(self, time: int, callback: Callable[[Call], None], value: Any = None) -> None:
+        """Calls ``callback(call)`` at ``time``; the call carries ``value``. Raises ValueError for the past."""
+        if time < self.now:
+            raise ValueError(f"Negative delay: it is {self.now} ns, {time} ns is over")
+        heappush(self._queue, (time, NORMAL, next(self._eid), Call(callback, value)))  # type: ignore[misc]
+
+    def run_calls(self) -> int:
+        """Carries out one call after the other until ``stopped``: ``Environment.step`` in a loop, without its detours.
+
+        Returns how many calls in a row took no time when it ended: 0 where the list was empty or it was stopped,
+        ``EVENTS_AT_ONCE`` at a standstill.
+        """
+        queue = self._queue
+        at_once = 0
+        while queue and not self.stopped:
+            time, _, _, call = heappop(queue)
+            if time != self.now:
+                self.now = time  # type: ignore[assignment]  # SimPy allows for fractions
+                at_once = 0
+            elif (at_once := at_once + 1) == EVENTS_AT_ONCE:
+                return at_once
+            call.callbacks[0](call)
+        return 0
 
 
 class Device:

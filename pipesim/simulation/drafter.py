@@ -2,17 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
-from simpy.events import Timeout
-
-from pipesim.recorder import Recorder
+from pipesim.recorder import Observer
 from pipesim.scenario import DraftPlan
 from pipesim.scheduling.commands import RequestDraft
 from pipesim.scheduling.events import DraftReturned
 from pipesim.scheduling.tree import Candidate, grow_tree
 from pipesim.simulation.acceptance import Truth
-from pipesim.simulation.devices import Clock, Device
+from pipesim.simulation.devices import Call, Clock, Device
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +29,13 @@ class DrafterServer:
         plan: DraftPlan,
         device: Device,
         truth: Truth,
-        recorder: Recorder,
+        observer: Observer,
         answer: Callable[[DraftReturned], None],
     ) -> None:
         self._clock = clock
         self._device = device
         self._truth = truth
-        self._record = recorder.draft_span
+        self._record = observer.draft_span
         self._answer = answer
         self._level = round(plan.level_ms * 1e6)
         self._setup = round(plan.prefill_per_token_ms * 1e6 * len(truth.prompt))
@@ -47,9 +44,9 @@ class DrafterServer:
         self._draft: DraftReturned | None = None  # what the job will bring, None while it waits for a core
         self._start = self._levels_start = self._end = 0
 
-    def arrive(self, timeout: Timeout) -> None:
+    def arrive(self, call: Call) -> None:
         """A request comes in; whatever came before it is worthless."""
-        self._waiting = timeout._value
+        self._waiting = call.value
         if self._job is None:
             self._next()
         elif self._draft is not None and self._clock.now < self._end:
@@ -63,12 +60,13 @@ class DrafterServer:
     def _next(self) -> None:
         self._job, self._waiting = self._waiting, None
         if self._job is not None:
-            self._device.acquire(partial(self._begin, self._job))
+            self._device.acquire(self._begin)
 
-    def _begin(self, job: DraftJob) -> None:
+    def _begin(self) -> None:
         if self._waiting is not None:  # a newer request came while this one waited for the core
-            self._job = job = self._waiting
-            self._waiting = None
+            self._job, self._waiting = self._waiting, None
+        job = self._job
+        assert job is not None
         request, truth, previous = job.request, self._truth, job.previous
         depth = len(request.path) + 1  # of the first token to draft
         first = request.frontier + len(request.path)
@@ -84,7 +82,7 @@ class DrafterServer:
         self._end = self._levels_start + levels * self._level
         self._clock.at(self._end, self._finish)
 
-    def _finish(self, _: Timeout) -> None:
+    def _finish(self, _: Call) -> None:
         draft = self._draft
         if draft is None or self._clock.now != self._end:
             return  # the planned end of a request that was abandoned
@@ -92,7 +90,7 @@ class DrafterServer:
         self._device.release()
         abandoned = self._waiting is not None
         tokens = 0 if abandoned else len(draft.tree.tokens)
-        self._record(draft.request_id, self._start / 1e9, self._end / 1e9, tokens)
+        self._record(draft.request_id, self._start, self._end, tokens)
         if not abandoned:
             self._answer(draft)
         self._next()

@@ -14,6 +14,9 @@ ROW_BYTES = 12
 """Position and sequence set of one row."""
 KV_OPERATION_BYTES = 24
 
+Passage = tuple[int, int, int]
+"""A message on a link: when its serialisation begins and ends, and when it arrives. Ascending, in nanoseconds."""
+
 
 class LinkModel:
     """A FIFO serializer followed by a delay: bandwidth occupies the link, propagation does not."""
@@ -25,12 +28,12 @@ class LinkModel:
         self._ns_per_byte = 8.0 / link.bandwidth_gbps if link.bandwidth_gbps else 0.0
         self._free_at = 0
 
-    def send(self, now: int, size_bytes: int) -> int:
-        """Puts a message on the link at ``now``; returns when it arrives, never before an earlier message."""
+    def send(self, now: int, size_bytes: int) -> Passage:
+        """Puts a message on the link at ``now``; it arrives never before an earlier message."""
         self.sent_bytes += size_bytes
         start = self._free_at if self._free_at > now else now
-        self._free_at = start + round(size_bytes * self._ns_per_byte)
-        return self._free_at + self._latency
+        self._free_at = sent = start + round(size_bytes * self._ns_per_byte)
+        return start, sent, sent + self._latency
 
 
 def metadata_bytes(run: Run) -> int:

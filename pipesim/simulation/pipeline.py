@@ -6,62 +6,85 @@ leave and tokens reach the user. Time is whole nanoseconds, nothing is random: t
 
 from collections import deque
 from collections.abc import Callable
-from typing import TextIO
-
-from simpy.events import Timeout
+from typing import NamedTuple, TextIO
 
 from pipesim.errors import InvariantError
-from pipesim.recorder import Recorder
+from pipesim.metrics import Metrics
+from pipesim.recorder import Meter, Observer, Recorder
 from pipesim.scenario import Scenario
-from pipesim.scheduling.commands import CancelRuns, Command, EmitTokens, RequestDraft, SubmitRun
+from pipesim.scheduling.commands import CancelRuns, EmitTokens, RequestDraft, SubmitRun
 from pipesim.scheduling.events import DraftReturned, Event, GenerationStarted, RunReturned
+from pipesim.scheduling.runs import Run
 from pipesim.simulation.acceptance import Truth, make_truth
-from pipesim.simulation.devices import Clock, Device
+from pipesim.simulation.devices import Call, Clock, Device
 from pipesim.simulation.drafter import DrafterServer, DraftJob
+from pipesim.simulation.latency import decompose, path_parts
 from pipesim.simulation.links import HEADER_BYTES, LinkModel, draft_bytes, tokens_bytes
 from pipesim.simulation.stage import Frame, StageServer
 from pipesim.trace import Trace
 
-_EVENTS_AT_ONCE = 100_000
-"""More events in a row that take no time are a standstill: void frames pass through whole pipelines with far fewer."""
 
-
-def simulate(scenario: Scenario, events: TextIO | None = None) -> Trace:
+def simulate(scenario: Scenario, events: TextIO | None = None, truth: Truth | None = None) -> Trace:
     """Simulates one generation from prompt to the return of the last run.
 
     Args:
         scenario: what to simulate; needs its ``acceptance`` section.
         events: where to write the event log, if anywhere.
+        truth: replaces the scenario's acceptance.
 
     Raises:
         BadInputError: the scenario cannot be simulated.
         InvariantError: the simulation broke one of its own rules, e.g. came to a standstill.
     """
-    return Simulation(scenario, events).run()
+    names = [plan.name for plan in scenario.stages()]
+    recorder = Recorder(scenario.scheduler(), scenario.seed, names, events, ticks_per_s=1e9)
+    Simulation(scenario, recorder, truth).run()
+    return recorder.trace()
+
+
+def evaluate(scenario: Scenario) -> Metrics:
+    """What ``compute_metrics(simulate(scenario))`` gives, without a trace in between.
+
+    Memory stays flat but for the text itself and some 100 bytes per token: exact percentiles, the KV cells.
+
+    Raises: as ``simulate``.
+    """
+    meter = Meter(scenario.scheduler(), scenario.seed, len(scenario.stages()))
+    Simulation(scenario, meter).run()
+    return meter.metrics()
+
+
+class _Heard(NamedTuple):
+    """What the head heard, when, and the frame that brought it."""
+
+    event: Event
+    time: int
+    frame: Frame | None
 
 
 class Simulation:
-    """One generation. ``truth`` may replace the scenario's acceptance."""
+    """One generation, driven by ``observer.scheduler``. ``truth`` may replace the scenario's acceptance."""
 
-    def __init__(self, scenario: Scenario, events: TextIO | None = None, truth: Truth | None = None) -> None:
+    def __init__(self, scenario: Scenario, observer: Observer, truth: Truth | None = None) -> None:
         self.clock = Clock()
         self.truth = truth or make_truth(scenario)
+        self.observer = observer
         plans = scenario.stages()
-        self.recorder = Recorder(scenario.scheduler(), scenario.seed, [plan.name for plan in plans], events)
         devices = {device.name: Device(device.name, device.cores) for device in scenario.cluster.devices}
 
         def device_of(name: str | None, user: str) -> Device:
             return Device(f"{user}'s own device", 1) if name is None else devices[name]
 
         cluster = scenario.cluster
-        self._event = GenerationStarted(self.truth.prompt, scenario.workload.max_new_tokens, self.truth.stop_tokens)
-        self._text = list(self.truth.prompt)
+        self._start = GenerationStarted(self.truth.prompt, scenario.workload.max_new_tokens, self.truth.stop_tokens)
         self._overhead = round(cluster.head.overhead_ms * 1e6)
         self._device = device_of(cluster.head.device, "head")
-        self._heard: deque[Event] = deque()
+        self._heard: deque[_Heard] = deque()
         self._busy = False
         self._row_bytes = scenario.model.hidden * scenario.model.activation_bytes
         self._told_drafter = 0
+        self._path_parts = path_parts(len(plans))
+        self._emitted_at = 0
 
         names = ["head", *(plan.name for plan in plans), "head"]
         self._hops = [LinkModel(f"{names[i]} to {names[i + 1]}", link) for i, link in enumerate(scenario.hops())]
@@ -77,37 +100,30 @@ class Simulation:
                 index,
                 plan,
                 device_of(plan.device, plan.name),
-                self.recorder,
+                observer,
                 self._leave_last if index == len(plans) - 1 else self._leave_to(index + 1),
             )
             for index, plan in enumerate(plans)
         ]
         drafter_device = device_of(cluster.drafter.device, "drafter")
         self.drafter = DrafterServer(
-            self.clock, scenario.drafter(), drafter_device, self.truth, self.recorder, self._leave_drafter
+            self.clock, scenario.drafter(), drafter_device, self.truth, observer, self._leave_drafter
         )
 
-    def run(self) -> Trace:
+    def run(self) -> None:
         """Carries the generation out to its end."""
-        self._carry_out(self.recorder.handle(self._event, 0.0))
-        scheduler, clock = self.recorder.scheduler, self.clock
-        instant = events = 0
-        while not scheduler.released:
-            if not clock.step():
-                raise InvariantError(f"the simulation came to a standstill (I7)\n{self}")
-            events = events + 1 if clock.now == instant else 0
-            instant = clock.now
-            if events > _EVENTS_AT_ONCE:
-                where = f"at {instant / 1e9} s, where {events} events took no time"
-                raise InvariantError(f"the simulation came to a standstill {where} (I7)\n{self}")
+        self._handle(_Heard(self._start, 0, None), 0)
+        at_once = self.clock.run_calls()
+        if not self.observer.scheduler.released:
+            where = f" at {self.clock.now / 1e9} s, where {at_once} events took no time" if at_once else ""
+            raise InvariantError(f"the simulation came to a standstill{where} (I7)\n{self}")
         for link in (*self._hops, *self._controls, self._to_drafter, self._from_drafter):
-            self.recorder.link_sent(link.name, link.sent_bytes)
-        return self.recorder.trace()
+            self.observer.link_sent(link.name, link.sent_bytes)
 
     # -- the head --------------------------------------------------------------------------------------------------
 
-    def _hear(self, event: Event) -> None:
-        self._heard.append(event)
+    def _hear(self, call: Call) -> None:
+        self._heard.append(call.value)
         if not self._busy:
             self._busy = True
             self._device.acquire(self._take_up)
@@ -115,40 +131,57 @@ class Simulation:
     def _take_up(self) -> None:
         self.clock.at(self.clock.now + self._overhead, self._decide)
 
-    def _decide(self, _: Timeout) -> None:
-        self._carry_out(self.recorder.handle(self._heard.popleft(), self.clock.now / 1e9))
+    def _decide(self, _: Call) -> None:
+        self._handle(self._heard.popleft(), self.clock.now - self._overhead)
         self._device.release()
         if self._heard:
             self._device.acquire(self._take_up)
         else:
             self._busy = False
 
-    def _carry_out(self, commands: list[Command]) -> None:
-        for command in commands:
-            match command:
-                case SubmitRun(run):
-                    frame = Frame(run, self._row_bytes)
-                    size = frame.void_bytes + tokens_bytes(run.rows)
-                    self.clock.at(self._hops[0].send(self.clock.now, size), self.stages[0].arrive, frame)
-                case RequestDraft():
-                    self._request_draft(command)
-                case CancelRuns(run_ids):
-                    size = HEADER_BYTES + tokens_bytes(len(run_ids))
-                    for link, stage in zip(self._controls, self.stages, strict=True):
-                        self.clock.at(link.send(self.clock.now, size), stage.cancel, run_ids)
-                case EmitTokens(_, tokens):
-                    self._text.extend(tokens)
+    def _handle(self, heard: _Heard, taken_up: int) -> None:
+        """Carries out what the scheduler answers to what the head heard and took up at that time."""
+        for command in self.observer.handle(heard.event, self.clock.now):
+            kind = type(command)  # a match statement would cost more than all the rest
+            if kind is SubmitRun:
+                self._submit(command.run, heard, taken_up)  # type: ignore[union-attr]
+            elif kind is RequestDraft:
+                self._request_draft(command)  # type: ignore[arg-type]
+            elif kind is CancelRuns:
+                self._cancel(command.run_ids)  # type: ignore[union-attr]
+            elif kind is EmitTokens:
+                self._explain(heard, taken_up)
+        if self.observer.scheduler.released:
+            self.clock.stopped = True
+
+    def _submit(self, run: Run, heard: _Heard, taken_up: int) -> None:
+        now = self.clock.now
+        frame = Frame(run, self._row_bytes, [heard.time, taken_up, now], type(heard.event) is DraftReturned)
+        passage = self._hops[0].send(now, frame.void_bytes + tokens_bytes(run.rows))
+        frame.path += passage
+        self.stages[0].arrive(passage[2], frame)
+
+    def _cancel(self, run_ids: tuple[int, ...]) -> None:
+        size = HEADER_BYTES + tokens_bytes(len(run_ids))
+        for link, stage in zip(self._controls, self.stages, strict=True):
+            stage.cancel(link.send(self.clock.now, size)[2], run_ids)
 
     def _request_draft(self, request: RequestDraft) -> None:
         """Sends the request with the text that the drafter has not seen yet."""
         size = HEADER_BYTES + tokens_bytes(request.frontier - self._told_drafter + len(request.path))
         self._told_drafter = request.frontier
-        previous = request.path[-1] if request.path else self._text[request.frontier - 1]
-        arrival = self._to_drafter.send(self.clock.now, size)
+        text = self.observer.scheduler.generation.text
+        previous = request.path[-1] if request.path else text[request.frontier - 1]
+        _, _, arrival = self._to_drafter.send(self.clock.now, size)
         self.clock.at(arrival, self.drafter.arrive, DraftJob(request, previous))
 
-    def _hear_message(self, timeout: Timeout) -> None:
-        self._hear(timeout._value)
+    def _explain(self, heard: _Heard, taken_up: int) -> None:
+        """Says how the time until the tokens was spent that the user gets now."""
+        frame, now = heard.frame, self.clock.now
+        assert frame is not None, "only a run that came home brings tokens"
+        path = [*frame.path, taken_up, now]
+        self.observer.latency(decompose(path, self._path_parts, frame.drafted, self._emitted_at))
+        self._emitted_at = now
 
     # -- what leaves stages and drafter ----------------------------------------------------------------------------
 
@@ -156,8 +189,9 @@ class Simulation:
         send, clock, stages = self._hops[index].send, self.clock, self.stages
 
         def leave(frame: Frame) -> None:
-            arrival = send(clock.now, frame.void_bytes if frame.void else frame.live_bytes)
-            clock.at(arrival, stages[index].arrive, frame)
+            passage = send(clock.now, frame.void_bytes if frame.void else frame.live_bytes)
+            frame.path += passage
+            stages[index].arrive(passage[2], frame)
 
         return leave
 
@@ -167,16 +201,17 @@ class Simulation:
         if not frame.void:
             rows = range(run.first_output_row, run.rows)
             predictions = tuple(self.truth.next(run.positions[row] + 1, run.tokens[row]) for row in rows)
-        size = HEADER_BYTES + tokens_bytes(len(predictions or ()))
-        arrival = self._hops[-1].send(self.clock.now, size)
-        self.clock.at(arrival, self._hear_message, RunReturned(run.run_id, predictions))
+        passage = self._hops[-1].send(self.clock.now, HEADER_BYTES + tokens_bytes(len(predictions or ())))
+        frame.path += passage
+        heard = _Heard(RunReturned(run.run_id, predictions), passage[2], frame)
+        self.clock.at(passage[2], self._hear, heard)
 
     def _leave_drafter(self, draft: DraftReturned) -> None:
-        arrival = self._from_drafter.send(self.clock.now, draft_bytes(len(draft.tree.tokens)))
-        self.clock.at(arrival, self._hear_message, draft)
+        _, _, arrival = self._from_drafter.send(self.clock.now, draft_bytes(len(draft.tree.tokens)))
+        self.clock.at(arrival, self._hear, _Heard(draft, arrival, None))
 
     def __str__(self) -> str:
         """Who waits for whom."""
-        runs = [run.run_id for run in self.recorder.scheduler.generation.in_flight]
+        runs = [run.run_id for run in self.observer.scheduler.generation.in_flight]
         head = f"head: waits for runs {runs}, {len(self._heard)} events unheard, on {self._device}"
         return "\n".join([head, *map(str, self.stages), str(self.drafter)])

@@ -1,27 +1,34 @@
-"""A simulated stage server: computes runs in order of arrival, passes dead ones on as void frames."""
+"""A simulated stage server: computes runs in order of arrival, passes dead ones on as void frames.
+
+What is known when it is sent needs no event of its own: a frame waits in the inbox with the time of its arrival, a
+cancellation is looked up when its run's turn comes. Only "the next frame is here" and "the run is done" are events.
+"""
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from functools import partial
 
-from simpy.events import Timeout
-
-from pipesim.recorder import Recorder
+from pipesim.recorder import Observer
 from pipesim.scenario import StagePlan
 from pipesim.scheduling.runs import Run
-from pipesim.simulation.devices import Clock, Device
+from pipesim.simulation.devices import Call, Clock, Device
 from pipesim.simulation.links import metadata_bytes
 
 
 class Frame:
-    """A run on its way. ``void``: it is dead, its activations stayed behind."""
+    """A run on its way. ``void``: it is dead, its activations stayed behind. ``arrival``: at the stage it is sent to.
 
-    __slots__ = ("context", "live_bytes", "run", "run_id", "void", "void_bytes")
+    ``path`` holds the times at which it went on, ``drafted`` says whether a draft led to it: see ``latency.py``.
+    """
 
-    def __init__(self, run: Run, row_bytes: int) -> None:
+    __slots__ = ("arrival", "context", "drafted", "live_bytes", "path", "run", "run_id", "void", "void_bytes")
+
+    def __init__(self, run: Run, row_bytes: int, path: list[int] | None = None, drafted: bool = False) -> None:
         self.run = run
         self.run_id = run.run_id
         self.void = False
+        self.arrival = 0
+        self.path = [] if path is None else path
+        self.drafted = drafted
         self.void_bytes = metadata_bytes(run)
         self.live_bytes = self.void_bytes + run.rows * row_bytes  # between stages: with activations
         self.context = sum(run.positions) / run.rows + 1  # a row at position p attends to p + 1 cells
@@ -36,7 +43,7 @@ class StageServer:
         index: int,
         plan: StagePlan,
         device: Device,
-        recorder: Recorder,
+        observer: Observer,
         leave: Callable[[Frame], None],
     ) -> None:
         self.name = plan.name
@@ -45,71 +52,104 @@ class StageServer:
         self._layers = plan.layers
         self._seconds = plan.cost_model().seconds
         self._device = device
-        self._record = recorder.stage_span
+        self._record = observer.stage_span
         self._leave = leave
-        self._queue: deque[Frame] = deque()
+        self._inbox: deque[Frame] = deque()  # here or on the wire, in order of arrival
         self._current: Frame | None = None
-        self._start = self._end = -1  # of the run being computed; -1 while it waits for a core
+        self._resting = True  # no frame here or on the wire
+        self._start = -1  # of the run being computed; -1 while it waits for a core
+        self._end = -1
+        self._plan = 0  # counts what was planned; an event of an older plan means nothing
+        self._dead: dict[int, int] = {}  # run -> when the stage hears that it is dead
         self._last_id = -1  # the newest run that has left
-        self._dead: set[int] = set()
 
-    def arrive(self, timeout: Timeout) -> None:
-        """A frame comes in from the link."""
-        self._queue.append(timeout._value)
-        if self._current is None:
+    def arrive(self, time: int, frame: Frame) -> None:
+        """A frame is on the wire and will be here at ``time``, not before an earlier one."""
+        frame.arrival = time
+        self._inbox.append(frame)
+        if self._resting:
+            self._resting = False
+            self._clock.at(time, self._take_up, self._plan)
+
+    def cancel(self, time: int, run_ids: Sequence[int]) -> None:
+        """The head calls off runs, as heard here at ``time``.
+
+        Between two layers at the latest, a run that is being computed then stops.
+        """
+        for run_id in run_ids:
+            if run_id > self._last_id:
+                self._dead[run_id] = time
+        if self._start >= 0 and self._current is not None and self._current.run_id in run_ids:
+            end = self._cut(self._end, time)
+            if end < self._end:
+                self._finish_at(end)
+
+    def _take_up(self, call: Call) -> None:
+        if call.value == self._plan:
             self._next()
 
-    def cancel(self, timeout: Timeout) -> None:
-        """The head calls off runs: between two layers at the latest, a run that is being computed stops."""
-        run_ids: Sequence[int] = timeout._value
-        self._dead.update(run_id for run_id in run_ids if run_id > self._last_id)
-        current = self._current
-        if current is not None and self._end > self._start >= 0 and current.run_id in run_ids:
-            duration = self._end - self._start
-            done = -(-(self._clock.now - self._start) * self._layers // duration)
-            boundary = self._start - (-done * duration // self._layers)
-            if boundary < self._end:
-                self._end = boundary
-                self._clock.at(boundary, self._finish)
-
     def _next(self) -> None:
-        """Takes up the next run, after the void frames in front of it."""
-        while self._queue:
-            frame = self._queue.popleft()
-            if not (frame.void or frame.run_id in self._dead):
+        """Takes up the next run as soon as it is here, after the void frames in front of it."""
+        inbox, now = self._inbox, self._clock.now
+        while inbox:
+            frame = inbox[0]
+            if frame.arrival > now:
+                self._plan += 1
+                self._clock.at(frame.arrival, self._take_up, self._plan)
+                return
+            inbox.popleft()
+            if not (frame.void or self._dead.get(frame.run_id, now + 1) <= now):
                 self._current = frame
-                self._device.acquire(partial(self._begin, frame))
+                self._device.acquire(self._begin)
                 return
             self._pass_on(frame, True)
-        self._current = None
+        self._resting = True
 
-    def _begin(self, frame: Frame) -> None:
-        run, now = frame.run, self._clock.now
+    def _begin(self) -> None:
+        frame, now = self._current, self._clock.now
+        assert frame is not None
+        run = frame.run
         self._start = now
-        dead = run.run_id in self._dead  # it may have died while it waited for the core
-        self._end = now if dead else now + max(1, round(self._seconds(run.kind, run.rows, frame.context) * 1e9))
-        self._clock.at(self._end, self._finish)
+        end = now + max(1, round(self._seconds(run.kind, run.rows, frame.context) * 1e9))
+        if frame.run_id in self._dead:  # it may have died while it waited for the core, or is going to
+            end = self._cut(end, self._dead[frame.run_id])
+        self._finish_at(end)
 
-    def _finish(self, _: Timeout) -> None:
-        frame, start = self._current, self._start
-        if frame is None or start < 0 or self._clock.now != self._end:
+    def _cut(self, end: int, died: int) -> int:
+        """When a run that is to be computed until ``end`` stops: at the first layer boundary after its death."""
+        if died >= end:
+            return end
+        duration = end - self._start
+        done = -(-max(0, died - self._start) * self._layers // duration)
+        return self._start - (-done * duration // self._layers)
+
+    def _finish_at(self, end: int) -> None:
+        self._end = end
+        self._plan += 1
+        self._clock.at(end, self._finish, self._plan)
+
+    def _finish(self, call: Call) -> None:
+        frame, start, end = self._current, self._start, self._end
+        if frame is None or call.value != self._plan:
             return  # the planned end of a run that was cut short
-        void = frame.run_id in self._dead
-        if self._end > start:
-            self._record(self._index, frame.run_id, start / 1e9, self._end / 1e9, void)
-        self._start = self._end = -1
+        void = self._dead.get(frame.run_id, end + 1) <= end
+        if end > start:
+            self._record(self._index, frame.run_id, start, end, void)
+        frame.path += (start, end)
+        self._current = None
+        self._start = -1
         self._device.release()
         self._pass_on(frame, void)
         self._next()
 
     def _pass_on(self, frame: Frame, void: bool) -> None:
-        self._dead.discard(frame.run_id)
+        self._dead.pop(frame.run_id, None)
         self._last_id = frame.run_id
         frame.void = void
         self._leave(frame)
 
     def __str__(self) -> str:
-        waiting = [frame.run_id for frame in self._queue]
+        waiting = [frame.run_id for frame in self._inbox if frame.arrival <= self._clock.now]
         if self._current is None:
             return f"{self.name}: idle, runs {waiting} wait"
         doing = f"computes until {self._end / 1e9} s" if self._start >= 0 else f"waits for a core of {self._device}"

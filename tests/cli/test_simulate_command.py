@@ -37,6 +37,7 @@ def test_json_is_one_object_with_the_fixed_keys_and_nothing_else_on_stdout() -> 
         "ttft_s",
         "itl_s",
         "e2e_s",
+        "latency_breakdown_s",
         "acceptance_rate",
         "stage_utilization",
         "bubble_fraction",

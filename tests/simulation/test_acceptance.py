@@ -19,7 +19,7 @@ from pipesim.acceptance_trace import FORMAT, AcceptanceTrace, read_acceptance_tr
 from pipesim.errors import BadInputError
 from pipesim.scenario import Acceptance, MarkovAcceptance
 from pipesim.simulation.acceptance import DrawnTruth, RecordedTruth, Truth, make_truth
-from pipesim.simulation.pipeline import Simulation, simulate
+from pipesim.simulation.pipeline import simulate
 
 MANY = 20_000
 KINDS: list[dict[str, Any]] = [
@@ -150,7 +150,7 @@ def test_every_policy_meets_the_same_text_and_the_same_luck(settings: dict[str, 
     for name in ("speculative", "pipeinfer"):
         scenario = build(f"acceptance={json.dumps(settings)}", f"policy.name={name}")
         spies.append(Spy(make_truth(scenario)))
-        texts.add(Simulation(scenario, truth=spies[-1]).run().tokens)
+        texts.add(simulate(scenario, truth=spies[-1]).tokens)
     assert len(texts) == 1
     one, other = (spy.seen for spy in spies)
     assert len(one.keys() & other.keys()) > 20

@@ -6,10 +6,9 @@ from pipesim.simulation.devices import Clock, Device
 def test_equal_times_keep_the_order_in_which_they_were_asked_for() -> None:
     clock, seen = Clock(), []
     for name in "abc":
-        clock.at(5, lambda timeout: seen.append((timeout.value, clock.now)), name)
-    clock.at(3, lambda timeout: seen.append((timeout.value, clock.now)), "first")
-    while clock.step():
-        pass
+        clock.at(5, lambda call: seen.append((call.value, clock.now)), name)
+    clock.at(3, lambda call: seen.append((call.value, clock.now)), "first")
+    clock.run_calls()
     assert seen == [("first", 3), ("a", 5), ("b", 5), ("c", 5)]
 
 
@@ -17,7 +16,7 @@ def test_the_past_cannot_be_scheduled() -> None:
     clock = Clock()
     clock.at(5, lambda _: clock.at(4, lambda _: None))
     with pytest.raises(ValueError, match="Negative"):
-        clock.step()
+        clock.run_calls()
 
 
 def test_a_device_serves_as_many_as_it_has_cores_then_in_order_of_asking() -> None:

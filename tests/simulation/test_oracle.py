@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scenario_builder import build
 
+from pipesim.recorder import Recorder
 from pipesim.scenario import Scenario
 from pipesim.scheduling.runs import Run
 from pipesim.simulation.links import HEADER_BYTES, ROW_BYTES, TOKEN_BYTES
@@ -51,9 +52,10 @@ def max_plus(scenario: Scenario, runs: list[tuple[Run, int]]) -> tuple[list[list
 
 
 def simulate_with_runs(scenario: Scenario) -> tuple[Trace, list[Run]]:
-    simulation = Simulation(scenario)
-    trace = simulation.run()
-    return trace, [run for run, _ in simulation.recorder._submitted.values()]
+    names = [plan.name for plan in scenario.stages()]
+    recorder = Recorder(scenario.scheduler(), scenario.seed, names, ticks_per_s=1e9)
+    Simulation(scenario, recorder).run()
+    return recorder.trace(), [run for run, _ in recorder._runs.values()]
 
 
 @settings(deadline=None, max_examples=60)

@@ -225,8 +225,7 @@ def test_a_drafter_that_waited_for_a_core_drafts_for_the_newest_request() -> Non
         request = RequestDraft(request_id, 8, (), 4, 1, 0.0, 1.0)
         clock.at(at, drafter.arrive, DraftJob(request, 0))
     clock.at(10, lambda _: device.release())
-    while clock.step():
-        pass
+    clock.run_calls()
     assert [span[0] for span in spans] == [5]
     assert [answer.request_id for answer in answers] == [5]
 

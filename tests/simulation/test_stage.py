@@ -21,9 +21,9 @@ class Bench:
         self.device = Device("d", cores)
         self.spans: list[tuple[Any, ...]] = []
         self.left: list[tuple[int, float, bool]] = []
-        recorder: Any = SimpleNamespace(stage_span=lambda *span: self.spans.append(span))
+        observer: Any = SimpleNamespace(stage_span=lambda *span: self.spans.append(span))
         plan = StagePlan("stage 0", 0, 10, None, LinearCost(kind="linear", constant_ms=stage_ms))
-        self.stage = StageServer(self.clock, 0, plan, self.device, recorder, self.leave)
+        self.stage = StageServer(self.clock, 0, plan, self.device, observer, self.leave)
 
     def leave(self, frame: Frame) -> None:
         self.left.append((frame.run_id, self.clock.now / MS, frame.void))
@@ -31,14 +31,13 @@ class Bench:
     def arrive(self, run_id: int, at_ms: float, void: bool = False) -> None:
         frame = Frame(Run(run_id, 0, RunKind.SPECULATIVE, (1,), (1,), (1,)), 4)
         frame.void = void
-        self.clock.at(round(at_ms * MS), self.stage.arrive, frame)
+        self.stage.arrive(round(at_ms * MS), frame)
 
     def cancel(self, run_id: int, at_ms: float) -> None:
-        self.clock.at(round(at_ms * MS), self.stage.cancel, (run_id,))
+        self.stage.cancel(round(at_ms * MS), (run_id,))
 
     def run(self) -> list[tuple[int, float, bool]]:
-        while self.clock.step():
-            pass
+        self.clock.run_calls()
         return self.left
 
 
@@ -47,7 +46,7 @@ def test_runs_are_computed_one_after_the_other_in_order_of_arrival() -> None:
     bench.arrive(0, 0)
     bench.arrive(1, 30)
     assert bench.run() == [(0, 100, False), (1, 200, False)]
-    assert bench.spans == [(0, 0, 0.0, 0.1, False), (0, 1, 0.1, 0.2, False)]
+    assert bench.spans == [(0, 0, 0, 100 * MS, False), (0, 1, 100 * MS, 200 * MS, False)]
 
 
 @pytest.mark.parametrize(("died_ms", "left_ms"), [(50.001, 60), (60, 60), (0, 0), (99, 100)])
