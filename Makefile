@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 REAL := .venv/.installed-real
 DEV := .venv/.installed-dev
 
-.PHONY: demo test lint benchmark docs clean
+.PHONY: demo test lint benchmark docs studies clean
 
 demo: $(REAL)
 	@mkdir -p out
@@ -23,6 +23,10 @@ lint: $(DEV)
 
 docs: $(REAL)
 	$(BIN)/python -m analysis.ablation -o docs/ablation.md
+
+# The scenario library's answers: about 40 minutes on two cores; goes on where it was broken off.
+studies: $(REAL)
+	$(BIN)/python -m analysis.studies -o docs/studies $(STUDIES)
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else f"pipesim needs Python 3.11 to 3.13, $(PYTHON) is {v[0]}.{v[1]}: make PYTHON=python3.11 ...")'

@@ -62,7 +62,9 @@ class Laboratory:
         Raises:
             InvariantError: two variants generated different texts with one seed (I3).
         """
-        jobs = [(name, seed, (scenario.model_dump_json(), seed)) for name, scenario in variants.items() for seed in seeds]
+        jobs = [
+            (name, seed, (scenario.model_dump_json(), seed)) for name, scenario in variants.items() for seed in seeds
+        ]
         lines: list[dict[str, Any]] = []
         texts: dict[int, str] = {}
         for (name, seed, _), found in zip(jobs, self.map(figures, (job for *_, job in jobs)), strict=True):

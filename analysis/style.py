@@ -32,9 +32,9 @@ STYLE = {
 }
 
 
-def panels(columns: int, rows: int = 1, *, width: float = 4.2, height: float = 3.2, share_y: bool = False) -> tuple[
-    Figure, NDArray[np.object_]
-]:
+def panels(
+    columns: int, rows: int = 1, *, width: float = 4.2, height: float = 3.2, share_y: bool = False
+) -> tuple[Figure, NDArray[np.object_]]:
     """A figure and its axes ``[rows, columns]``."""
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, sharey=share_y)

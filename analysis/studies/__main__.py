@@ -67,9 +67,9 @@ def page(name: str, bench: Bench, finding: Finding) -> str:
         fill(f"Simulated, not measured, from [{name}.yaml](../../scenarios/{name}.yaml). {context}"),
         *map(fill, finding.method),
         fill(
-            f"Figures are means over seeds {seeds[0]} to {seeds[-1]} with their 95 % confidence intervals. All policies "
-            "meet the same text and the same lucky and unlucky positions, and generated the same text, token for token; "
-            "ratios are taken within each seed (geometric mean)."
+            f"Figures are means over seeds {seeds[0]} to {seeds[-1]}, where nothing else is said, with their 95 % "
+            "confidence intervals. All policies meet the same text and the same lucky and unlucky positions, and wrote "
+            "the same text, token for token; ratios are taken within each seed (geometric mean)."
         ),
         *([fill(ended)] if bench.notes else []),
         f"Made by `{COMMAND} {name}`.",
@@ -106,7 +106,9 @@ def main(
     output: Annotated[Path, typer.Option("-o", help="Folder to write pages and figures to.")],
     studies: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Which ones; all by default.")] = None,
     quick: Annotated[bool, typer.Option(help="Smallest form with few seeds: to see that it works.")] = False,
-    memory: Annotated[Path, typer.Option(help="Keeps finished simulations, so that a broken-off run goes on.")] = MEMORY,
+    memory: Annotated[
+        Path, typer.Option(help="Keeps finished simulations, so that a broken-off run goes on.")
+    ] = MEMORY,
 ) -> None:
     """Simulate, tabulate and draw the answers to the scenario library's questions."""
     try:

@@ -72,7 +72,9 @@ class Bench:
         """Every variant with every seed; all of them meet the same model pair."""
         return Table(self.laboratory.measure(variants, self.seeds))
 
-    def tuned(self, scenarios: Mapping[Any, Scenario], policies: Mapping[str, Settings]) -> dict[Any, dict[str, Scenario]]:
+    def tuned(
+        self, scenarios: Mapping[Any, Scenario], policies: Mapping[str, Settings]
+    ) -> dict[Any, dict[str, Scenario]]:
         """Each scenario under each policy at its best settings: keyed as ``scenarios``, then as ``policies``."""
         cases = [(key, name) for key in scenarios for name in policies]
         jobs = [(scenarios[key].model_dump_json(), policies[name]) for key, name in cases]

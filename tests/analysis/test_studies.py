@@ -1,0 +1,59 @@
+from pathlib import Path
+
+import pytest
+from laboratories import in_process, search_little
+from typer import Typer
+from typer.testing import CliRunner
+
+from analysis.studies.__main__ import SCENARIOS, answer, header, index, main, names, page
+from analysis.studies.bench import Bench
+from pipesim.errors import BadInputError
+from pipesim.scenario_file import load_scenario
+from pipesim.simulation.pipeline import simulate
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    search_little(monkeypatch)
+
+
+def test_every_study_has_a_scenario_and_every_page_is_of_a_study() -> None:
+    modules = {path.stem.replace("_", "-") for path in Path("analysis/studies").glob("*.py")}
+    assert set(names()) == modules - {"--init--", "--main--", "bench"} - SHARED
+    assert {path.stem for path in Path("docs/studies").glob("*.md")} - {"README"} <= set(names())
+
+
+SHARED: set[str] = set()
+"""Modules of the package that several studies use."""
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_study_answers_its_question(small: None, name: str, tmp_path: Path) -> None:
+    bench = Bench(in_process(), SCENARIOS / f"{name}.yaml", quick=True)
+    finding = answer(bench, name)
+    finding.picture.savefig(tmp_path / f"{name}.png", dpi=20)
+    text = page(name, bench, finding)
+    assert "nan" not in text
+    assert finding.answer.endswith(".")
+    (tmp_path / f"{name}.md").write_text(text)
+    question, _ = header(bench.path)
+    assert f"| [{question}]({name}.md) | {finding.answer} |" in index(tmp_path)
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_scenario_file_can_be_simulated_as_it_is(name: str) -> None:
+    assert simulate(load_scenario(SCENARIOS / f"{name}.yaml", ["workload.max_new_tokens=4"])).complete
+
+
+def test_a_scenario_without_a_question_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text("# Some machines.\nmodel: {}\n")
+    with pytest.raises(BadInputError, match="asks no question"):
+        header(tmp_path / "s.yaml")
+
+
+def test_an_unknown_study_is_an_error_that_names_the_known_ones(tmp_path: Path) -> None:
+    app = Typer(pretty_exceptions_enable=False)
+    app.command()(main)
+    result = CliRunner().invoke(app, ["-o", str(tmp_path), "nothing"])
+    assert result.exit_code == 2
+    assert "nothing: there is no such study, known are asynchronous-speculation" in result.stderr
