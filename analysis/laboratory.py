@@ -50,7 +50,7 @@ class Laboratory:
         names = {self._pool.submit(function, *job): key for key, job in work.items()}
         for number, future in enumerate(as_completed(names), 1):
             self._journal.add(names[future], json.loads(json.dumps(future.result())))
-            if number % 100 == 0 or number == len(work) > 10:
+            if number % 200 == 0 or number == len(work) > 50:
                 diagnostic(f"  {function.__name__}: {number} of {len(work)}")
         return [self._journal.finished[key] for key, _ in keyed]
 
@@ -62,16 +62,26 @@ class Laboratory:
         Raises:
             InvariantError: two variants generated different texts with one seed (I3).
         """
-        jobs = [
-            (name, seed, (scenario.model_dump_json(), seed)) for name, scenario in variants.items() for seed in seeds
-        ]
-        lines: list[dict[str, Any]] = []
-        texts: dict[int, str] = {}
-        for (name, seed, _), found in zip(jobs, self.map(figures, (job for *_, job in jobs)), strict=True):
-            if texts.setdefault(seed, found["text"]) != found["text"]:
-                raise InvariantError(f"{name} generates another text than {jobs[0][0]} with seed {seed} (I3)")
-            lines.append({"variant": name, "seed": seed, **found})
-        return pd.DataFrame(lines)
+        (frame,) = self.measure_all([variants], seeds)
+        return frame
+
+    def measure_all(self, groups: Iterable[Mapping[str, Scenario]], seeds: Sequence[int]) -> list[pd.DataFrame]:
+        """As :meth:`measure` for each group of variants, all at once."""
+        groups = list(groups)
+        plain = {id(one): one.model_dump_json() for variants in groups for one in variants.values()}
+        jobs = [(plain[id(one)], seed) for variants in groups for one in variants.values() for seed in seeds]
+        found = iter(self.map(figures, jobs))
+        return [_frame(variants, seeds, found) for variants in groups]
+
+
+def _frame(variants: Iterable[str], seeds: Sequence[int], found: Iterator[dict[str, Any]]) -> pd.DataFrame:
+    lines = [{"variant": name, "seed": seed, **next(found)} for name in variants for seed in seeds]
+    texts: dict[int, str] = {}
+    for line in lines:
+        if texts.setdefault(line["seed"], line["text"]) != line["text"]:
+            other = lines[0]["variant"]
+            raise InvariantError(f"{line['variant']} generates another text than {other} with seed {line['seed']} (I3)")
+    return pd.DataFrame(lines)
 
 
 @contextmanager

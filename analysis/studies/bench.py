@@ -15,6 +15,7 @@ from pipesim.scenario import Scenario
 from pipesim.scenario_file import load_scenario
 from pipesim.statistics import Interval, mean_interval, paired_ratio
 
+Key = TypeVar("Key")
 Value = TypeVar("Value")
 
 SYNCHRONOUS, PIPELINED, PLAIN = {"name": "speculative"}, {"name": "pipeinfer"}, {"name": "autoregressive"}
@@ -70,7 +71,12 @@ class Bench:
 
     def measure(self, variants: Mapping[str, Scenario]) -> "Table":
         """Every variant with every seed; all of them meet the same model pair."""
-        return Table(self.laboratory.measure(variants, self.seeds))
+        return self.measure_all({"": variants})[""]
+
+    def measure_all(self, groups: Mapping[Key, Mapping[str, Scenario]]) -> dict[Key, "Table"]:
+        """As :meth:`measure` for each group of variants, all at once."""
+        frames = self.laboratory.measure_all(groups.values(), self.seeds)
+        return {key: Table(frame, groups[key]) for key, frame in zip(groups, frames, strict=True)}
 
     def tuned(
         self, scenarios: Mapping[Any, Scenario], policies: Mapping[str, Settings]
@@ -78,7 +84,7 @@ class Bench:
         """Each scenario under each policy at its best settings: keyed as ``scenarios``, then as ``policies``."""
         cases = [(key, name) for key in scenarios for name in policies]
         jobs = [(scenarios[key].model_dump_json(), policies[name]) for key, name in cases]
-        found: dict[Any, dict[str, Scenario]] = {key: {} for key in scenarios}
+        found: dict[Key, dict[str, Scenario]] = {key: {} for key in scenarios}
         for (key, name), (scenario, _), best in zip(cases, jobs, self.map(tune, jobs), strict=True):
             found[key][name] = with_settings(scenario, policy=best["settings"])
             self.note_ends(f"{key}, {name}", best)
@@ -95,6 +101,7 @@ class Table:
     """Measured variants: one line per variant and seed."""
 
     frame: pd.DataFrame
+    variants: Mapping[str, Scenario]
 
     def values(self, variant: str, column: str = "tokens/s") -> list[float]:
         """One value per seed."""
@@ -107,3 +114,21 @@ class Table:
     def ratio(self, variant: str, baseline: str, column: str = "tokens/s") -> Interval:
         """How many times as large as the baseline, paired by seed."""
         return paired_ratio(self.values(variant, column), self.values(baseline, column))
+
+    def settings(self, variant: str) -> str:
+        """The variant's policy settings in short: counts, and confidence bars where they matter."""
+        chosen = self.variants[variant].policy.model_extra or {}
+        words = [f"{_SHORT[name]}{value:g}" for name, value in chosen.items() if name in _SHORT]
+        return " ".join(words)
+
+
+_SHORT = {
+    "max_nodes": "tokens ",
+    "micro_batch": "tokens ",
+    "branches": "branches ",
+    "cutoff": "bar ",
+    "p_accept": "bar ",
+    "split": "fork ",
+    "p_split": "fork ",
+    "partitions": "runs ",
+}

@@ -15,10 +15,11 @@ from pipesim.scheduling.events import Event
 from pipesim.simulation.pipeline import Simulation
 from pipesim.statistics import mean_interval
 
-PARTITIONS = (1, 2, 4, 8, 16, 32, 64)
+PARTITIONS = (1, 4, 16, 64)
 RATES = (0.3, 0.8, 0.98)
 SPARE = {"no spare cells": 1, "16 spare cells": 16, "enough": None}
 """KV cells beyond prompt and new tokens."""
+SEEDS = 6
 
 
 def watched(scenario: str, seed: int) -> dict[str, Any]:
@@ -59,7 +60,7 @@ def watched(scenario: str, seed: int) -> dict[str, Any]:
 
 def study(bench: Bench) -> Finding:
     """Every number of partitions with every size of the cache, against the text of plain decoding."""
-    partitions, rates = bench.some(PARTITIONS), bench.some(RATES)
+    partitions, rates, seeds = bench.some(PARTITIONS), bench.some(RATES), bench.seeds[:SEEDS]
     workload = bench.scenario().workload
     text = (workload.prompt_tokens or 0) + workload.max_new_tokens
     cases, jobs = [], []
@@ -71,7 +72,7 @@ def study(bench: Bench) -> Finding:
             f"policy.partitions={count}",
             f"policy.cancellation={cancel}",
         ).model_dump_json()
-        for seed in bench.seeds:
+        for seed in seeds:
             cases.append((rate, spare, count, cancel, seed))
             jobs.append((scenario, seed))
     found = dict(zip(cases, bench.map(watched, jobs), strict=True))
@@ -80,7 +81,7 @@ def study(bench: Bench) -> Finding:
             watched, [(bench.scenario(f"acceptance.rate={rate}", "policy.name=autoregressive").model_dump_json(), seed)]
         )[0]["text"]
         for rate in rates
-        for seed in bench.seeds
+        for seed in seeds
     }
     different = sum(result["text"] != plain[rate, seed] for (rate, *_, seed), result in found.items())
 
@@ -88,7 +89,7 @@ def study(bench: Bench) -> Finding:
     for place, rate in zip(axes[0], rates, strict=True):
         for spare, colour in zip(SPARE, CYCLE, strict=False):
             speeds = [
-                mean_interval([found[rate, spare, count, True, seed]["tokens/s"] for seed in bench.seeds])
+                mean_interval([found[rate, spare, count, True, seed]["tokens/s"] for seed in seeds])
                 for count in partitions
             ]
             line(place, partitions, speeds, spare, colour)
@@ -98,7 +99,7 @@ def study(bench: Bench) -> Finding:
     axes[0, 0].legend()
 
     def row(rate: float, spare: str, count: int) -> list[object]:
-        results = [found[rate, spare, count, True, seed] for seed in bench.seeds]
+        results = [found[rate, spare, count, True, seed] for seed in seeds]
         return [
             f"{rate}, {spare}, {count} partitions",
             max(result["in flight"] for result in results),
@@ -123,7 +124,7 @@ def study(bench: Bench) -> Finding:
             ),
         ],
         [
-            "Counted is the scheduler's cell table, which allocates for every stage. No interval belongs to a count of "
+            f"Means over seeds 1 to {SEEDS}. Counted is the scheduler's cell table, which allocates for every stage. No interval belongs to a count of "
             "violations: a single one would have ended the study with an error. `tests/scheduling/test_properties.py` "
             "searches for violations over arbitrary policies, settings and orders of events, and "
             "`tests/backends` compares real stages' text with plain decoding's.",

@@ -23,7 +23,7 @@ def test_every_study_has_a_scenario_and_every_page_is_of_a_study() -> None:
     assert {path.stem for path in Path("docs/studies").glob("*.md")} - {"README"} <= set(names())
 
 
-SHARED: set[str] = set()
+SHARED = {"limit"}
 """Modules of the package that several studies use."""
 
 

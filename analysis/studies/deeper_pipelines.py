@@ -1,0 +1,130 @@
+"""The limit of the gain as stages of the same speed are added."""
+
+from analysis.pages import between, markdown_table
+from analysis.studies.bench import PIPELINED, Bench, Finding
+from analysis.studies.limit import (
+    HEADLINE,
+    RATES,
+    STAGES,
+    Line,
+    against_stages,
+    chain_limit,
+    gain_lines,
+    gain_table,
+    largest,
+    settings_table,
+)
+from analysis.style import COLOURS, doubling, line, panels
+from analysis.tuning import METHOD
+from pipesim.scenario import Scenario
+
+SLOPES = (0.0, 0.1, 0.25)
+DRAFTERS_MS = (0.4, 4.0, 20.0)
+STAGE_MS = 20.0
+WHY = (0.1, 0.8)
+"""Slope and acceptance rate at which the reasons are looked for."""
+ABLATED = {"without continuous": {**PIPELINED, "continuous": False}}
+
+
+def study(bench: Bench) -> Finding:
+    """Slopes by rates by stages; then, on one line, what becomes of stages' time, and other drafters."""
+    stages, rates, slopes = bench.some(STAGES[:3] if bench.quick else STAGES), bench.some(RATES), bench.some(SLOPES)
+    why = WHY if not bench.quick else (slopes[-1], rates[-1])
+
+    def scenario(number: int, slope: float, rate: float, drafter: float = 4.0) -> Scenario:
+        return bench.scenario(
+            f"cluster.stages.0.repeat={number}",
+            f"cluster.stages.0.cost.constant_ms={STAGE_MS * (1 - slope)}",
+            f"cluster.stages.0.cost.per_token_ms={STAGE_MS * slope}",
+            f"cluster.drafter.level_ms={drafter}",
+            f"acceptance.rate={rate}",
+        )
+
+    lines: list[Line] = [(slope, rate) for slope in slopes for rate in rates]
+    tables = against_stages(bench, {(held, one): scenario(one, *held) for held in lines for one in stages})
+    drafters = bench.some(DRAFTERS_MS)
+    reasons = against_stages(
+        bench, {((ms,), one): scenario(one, *why, ms) for ms in drafters for one in stages}, ABLATED
+    )
+    by_slope = {slope: {(slope, rate): f"{rate}" for rate in rates} for slope in slopes}
+
+    figure, axes = panels(3, 2, width=4.0)
+    for place, slope in zip(axes[0], slopes, strict=False):
+        gain_lines(place, tables, by_slope[slope], stages)
+        place.set(title=f"a token more costs {slope:g} of a run (c)", ylabel="speed, tuned synchronous = 1")
+    axes[0, 0].legend(title="acceptance", ncols=2)
+    looks = {"pipelined": COLOURS["pipelined"], "without continuous": "#56B4E9", "synchronous": COLOURS["synchronous"]}
+    base = (4.0,) if 4.0 in drafters else (drafters[0],)
+    for name, colour in looks.items():
+        idle = [reasons[base, one].mean(name, "bubbles, %") for one in stages]
+        line(axes[1, 0], stages, idle, name, colour)
+    axes[1, 0].set(xlabel="stages", ylabel="idle stage time, %", ylim=(0, 100))
+    axes[1, 0].set_title(f"c = {why[0]:g}, acceptance {why[1]:g}")
+    axes[1, 0].legend()
+    for name, colour in looks.items():
+        speeds = [reasons[base, one].ratio(name, "synchronous") for one in stages]
+        line(axes[1, 1], stages, speeds, name, colour)
+    axes[1, 1].set(xlabel="stages", ylabel="speed, tuned synchronous = 1", ylim=(0, None))
+    axes[1, 1].set_title("what continuous speculation adds")
+    doubling(axes[1, 0], stages)
+    doubling(axes[1, 1], stages)
+    names = {(ms,): f"{ms / STAGE_MS:g} of a stage" for ms in drafters}
+    gain_lines(axes[1, 2], reasons, names, stages)
+    axes[1, 2].set(title="time per drafted token", ylabel="speed, tuned synchronous = 1")
+    axes[1, 2].legend()
+
+    (held, deep), best = largest(tables)
+    reached = [where for where, table in tables.items() if table.ratio("pipelined", "synchronous").low >= HEADLINE]
+    untuned = [where for where, table in tables.items() if table.ratio("pipelined", "untuned").low >= HEADLINE]
+    first = min(reached, key=lambda where: where[1], default=None)
+    last, before = stages[-1], stages[-2]
+    growth = {
+        slope: [
+            tables[(slope, rate), last].ratio("pipelined", "synchronous").estimate
+            / tables[(slope, rate), before].ratio("pipelined", "synchronous").estimate
+            for rate in rates
+        ]
+        for slope in slopes
+    }
+    at = f"c = {held[0]:g}, acceptance {held[1]:g}, {deep} stages"
+    where = (
+        "nowhere"
+        if first is None
+        else f"first with {first[1]} stages (c = {first[0][0]:g}, acceptance {first[0][1]:g})"
+    )
+    losses = [one for one, table in tables.items() if table.ratio("pipelined", "synchronous").high < 1]
+    return Finding(
+        f"It depends on c, the share of a run's time that a token more costs: the largest gain is {between(best)} "
+        f"({at}). 2.15 is reached {where} and in {len(reached)} of {len(tables)} settings, against {len(untuned)} if "
+        f"the synchronous baseline is left at the reference code's defaults. In {len(losses)} settings tuned "
+        "synchronous speculation is the faster one.",
+        [
+            *(
+                f"Speed of pipelined speculation, tuned synchronous speculation = 1, c = {slope:g}:\n\n"
+                + gain_table(tables, by_slope[slope], stages, "synchronous")
+                for slope in slopes
+            ),
+            "From the last but one to the last number of stages, the gain changes by a factor of "
+            + "; ".join(f"{min(some):.2f} to {max(some):.2f} at c = {slope:g}" for slope, some in growth.items())
+            + ".",
+            "With infinitely many stages, chains alone would gain, by the closed form "
+            "`(1 / (1 - a)) / max_k ((1 - a^(k+1)) / ((1 - a) (1 + c k)))`:",
+            markdown_table(
+                ["c", *(f"acceptance {rate}" for rate in rates)],
+                [[f"{slope:g}", *(f"{chain_limit(slope, rate):.2f}" for rate in rates)] for slope in slopes],
+            ),
+            "The same gain over an untuned synchronous baseline (16 tokens, one branch, confidence bar 0.5: the "
+            f"reference code's defaults), c = {why[0]:g}:",
+            gain_table(tables, by_slope[why[0]], stages, "untuned"),
+            "<details><summary>Settings that were found</summary>\n\n"
+            + "\n\n".join(f"c = {slope:g}:\n\n" + settings_table(tables, by_slope[slope], stages) for slope in slopes)
+            + "\n\n</details>",
+        ],
+        [
+            METHOD,
+            "Searches for more than 8 stages begin, for both policies, at what half as many stages liked best, and at "
+            "twice as many partitions or tokens.",
+            "The reasons (second row of the figure) are looked for on one line, with all three policies tuned.",
+        ],
+        figure,
+    )

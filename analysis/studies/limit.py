@@ -1,0 +1,121 @@
+"""The gain over tuned synchronous speculation against the number of stages: what both readings share."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+
+from analysis.laboratory import Settings, with_settings
+from analysis.pages import between, markdown_table
+from analysis.studies.bench import PIPELINED, PLAIN, SYNCHRONOUS, Bench, Table
+from analysis.style import CYCLE, doubling, line
+from analysis.tuning import COUNTS, tune
+from pipesim.scenario import Scenario
+from pipesim.statistics import Interval
+
+STAGES = (2, 4, 8, 16, 32, 64, 128)
+RATES = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
+HEADLINE = 2.15
+"""The paper's largest gain."""
+UNTUNED: Settings = {"name": "speculative", "max_nodes": 16, "branches": 1, "cutoff": 0.5}
+"""Synchronous speculation as the reference implementation's defaults have it."""
+_AFRESH = 8
+"""Up to so many stages every search begins with the coarse grid; beyond, with what half as many stages liked best."""
+
+Line = tuple[float, ...]
+"""What is held fixed while stages are added, e.g. slope and acceptance rate."""
+
+
+def against_stages(
+    bench: Bench, scenarios: Mapping[tuple[Line, int], Scenario], also: Mapping[str, Settings] | None = None
+) -> dict[tuple[Line, int], Table]:
+    """Pipelined and synchronous speculation, each at its best, the latter untuned, too, and plain decoding.
+
+    Args:
+        bench: where to simulate.
+        scenarios: by line and number of stages.
+        also: further policies, tuned as well.
+    """
+    policies = {"pipelined": PIPELINED, "synchronous": SYNCHRONOUS, **(also or {})}
+    places: dict[tuple[Line, str], Settings] = {}
+    groups: dict[tuple[Line, int], dict[str, Scenario]] = {}
+    for stages in sorted({stages for _, stages in scenarios}):
+        lines = [held for held, number in scenarios if number == stages]
+        cases = [(held, name) for held in lines for name in policies]
+        jobs = [_job(scenarios[held, stages], policies[name], places.get((held, name)), stages) for held, name in cases]
+        tuned: dict[Line, dict[str, Scenario]] = {held: {} for held in lines}
+        for (held, name), job, best in zip(cases, jobs, bench.map(tune, jobs), strict=True):
+            places[held, name] = best["place"]
+            tuned[held][name] = with_settings(job[0], policy=best["settings"])
+            bench.note_ends(f"{name}, {stages} stages, {held}", best)
+        for held in lines:
+            plain = scenarios[held, stages].model_dump_json()
+            fixed = {"untuned": with_settings(plain, policy=UNTUNED), "plain": with_settings(plain, policy=PLAIN)}
+            groups[held, stages] = {**tuned[held], **fixed}
+    return bench.measure_all(groups)
+
+
+def _job(scenario: Scenario, fixed: Settings, before: Settings | None, stages: int) -> tuple[Any, ...]:
+    """Where the search begins: at the coarse grid, or at the place of half as many stages and at a larger one."""
+    if before is None or stages <= _AFRESH:
+        return scenario.model_dump_json(), fixed
+    grown = {name: _doubled(value) if name in ("partitions", "max_nodes") else value for name, value in before.items()}
+    return scenario.model_dump_json(), fixed, [before, grown]
+
+
+def _doubled(count: int) -> int:
+    return min((one for one in COUNTS if one >= 2 * count), default=COUNTS[-1])
+
+
+def gain_lines(
+    axes: Axes,
+    tables: Mapping[tuple[Line, int], Table],
+    lines: Mapping[Line, str],
+    stages: Sequence[int],
+    baseline: str = "synchronous",
+) -> None:
+    """One line per entry of ``lines``, which gives their labels."""
+    for (held, label), colour in zip(lines.items(), CYCLE, strict=False):
+        line(axes, stages, [tables[held, one].ratio("pipelined", baseline) for one in stages], label, colour)
+    axes.axhline(1.0, color="black", linewidth=0.8)
+    axes.axhline(HEADLINE, color="black", linewidth=0.8, linestyle=":")
+    doubling(axes, stages)
+    axes.set(xlabel="stages", ylim=(0, None))
+
+
+def gain_table(
+    tables: Mapping[tuple[Line, int], Table], lines: Mapping[Line, str], stages: Sequence[int], against: str
+) -> str:
+    """Gains over a baseline with their intervals, one line per entry of ``lines``."""
+    rows = [
+        [label, *(between(tables[held, one].ratio("pipelined", against)) for one in stages)]
+        for held, label in lines.items()
+    ]
+    return markdown_table(["acceptance", *(f"{one} stages" for one in stages)], rows)
+
+
+def settings_table(tables: Mapping[tuple[Line, int], Table], lines: Mapping[Line, str], stages: Sequence[int]) -> str:
+    """What both policies were set to."""
+    rows = []
+    for held, label in lines.items():
+        for policy in ("pipelined", "synchronous"):
+            rows.append([f"{label}, {policy}", *(tables[held, one].settings(policy) for one in stages)])
+    return markdown_table(["acceptance", *(f"{one} stages" for one in stages)], rows)
+
+
+def chain_limit(slope: float, rate: float) -> float:
+    """The gain with infinitely many stages if all speculation is chains.
+
+    Drafting then takes no time beside a traversal. A pipelined chain yields the tokens up to the next error in one
+    traversal, ``1 / (1 - a)`` of them; a synchronous one of ``k`` tokens ``(1 - a^(k+1)) / (1 - a)`` in one that is
+    ``1 + c k`` times as long (Leviathan et al., arXiv 2211.17192, with the run's cost).
+    """
+    best = max((1 - rate ** (k + 1)) / (1 + slope * k) for k in range(1000))
+    return 1 / best
+
+
+def largest(tables: Mapping[tuple[Line, int], Table]) -> tuple[tuple[Line, int], Interval]:
+    """Where the gain is largest, and how large."""
+    gains = {where: table.ratio("pipelined", "synchronous") for where, table in tables.items()}
+    where = max(gains, key=lambda one: gains[one].estimate)
+    return where, gains[where]
