@@ -83,9 +83,14 @@ def study(bench: Bench) -> Finding:
         for rate in rates
         for seed in seeds
     }
-    different = sum(result["text"] != plain[rate, seed] for (rate, *_, seed), result in found.items())
+    for (rate, spare, count, cancel, seed), result in found.items():
+        if result["text"] != plain[rate, seed]:
+            raise InvariantError(
+                f"another text than plain decoding's at acceptance {rate}, {spare}, {count} partitions, "
+                f"cancellation {cancel}, seed {seed} (I3)"
+            )
 
-    figure, axes = panels(len(rates), width=3.4, share_y=True)
+    figure, axes = panels(len(rates), width=3.4)
     for place, rate in zip(axes[0], rates, strict=True):
         for spare, colour in zip(SPARE, CYCLE, strict=False):
             speeds = [
@@ -96,12 +101,12 @@ def study(bench: Bench) -> Finding:
         doubling(place, partitions)
         place.set(title=f"acceptance {rate}", xlabel="partitions", ylim=(0, None))
     axes[0, 0].set_ylabel("tokens per second")
-    axes[0, 0].legend()
+    axes[0, -1].legend()
 
     def row(rate: float, spare: str, count: int) -> list[object]:
         results = [found[rate, spare, count, True, seed] for seed in seeds]
         return [
-            f"{rate}, {spare}, {count} partitions",
+            f"{rate}, {spare}, {count}",
             max(result["in flight"] for result in results),
             min(result["least free"] for result in results),
             between(mean_interval([result["cancelled"] for result in results]), 0),
@@ -110,12 +115,12 @@ def study(bench: Bench) -> Finding:
 
     checks = sum(result["checks"] for result in found.values())
     most = max(result["in flight"] for result in found.values())
-    tight = sum(not result["least free"] for result in found.values())
+    least = min(result["least free"] for result in found.values())
     ends = (partitions[0], partitions[-1])
     return Finding(
-        f"Yes: {len(found)} generations, {different} texts differ from plain decoding. After each of {checks:,} events "
-        f"the cells added up and all were free at the end, with up to {most} runs in flight, with and without "
-        f"cancellation, and with no cell left at times in {tight} of the generations.",
+        f"Yes: {len(found)} generations, each with the text of plain decoding. After each of {checks:,} events the cells "
+        f"added up, and all were free at the end, with up to {most} runs in flight, with and without "
+        f"cancellation, and with as few as {least} free.",
         [
             "With cancellation; most runs in flight and fewest free cells of any seed:",
             markdown_table(
@@ -124,12 +129,11 @@ def study(bench: Bench) -> Finding:
             ),
         ],
         [
-            f"Means over seeds 1 to {SEEDS}. Counted is the scheduler's cell table, which allocates for every stage. No interval belongs to a count of "
-            "violations: a single one would have ended the study with an error. `tests/scheduling/test_properties.py` "
-            "searches for violations over arbitrary policies, settings and orders of events, and "
-            "`tests/backends` compares real stages' text with plain decoding's.",
-            "The links' 20 ms make the pipeline long, so that many runs are in flight; stage and drafter times are "
-            "invented.",
+            f"Means over seeds 1 to {SEEDS}. Counted is the scheduler's cell table, which allocates for every stage. "
+            "No interval belongs to a count of violations: a single one would have ended the study with an error. "
+            "`tests/scheduling/test_properties.py` searches for violations over arbitrary policies, settings and "
+            "orders of events, and `tests/backends` compares real stages' text with plain decoding's.",
+            "Links, stages and drafter are invented, such that many runs are in flight.",
         ],
         figure,
     )

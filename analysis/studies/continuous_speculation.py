@@ -46,12 +46,12 @@ def study(bench: Bench) -> Finding:
         f"At acceptance {middle}, stages idle for {between(at.mean('continuous', 'bubbles, %'), 1)} % of the time with "
         f"continuous speculation and for {between(at.mean('one micro-batch per commit', 'bubbles, %'), 1)} % with one "
         "micro-batch per commit. A filled bubble is worth little where errors are frequent: the generation is "
-        f"{between(gains[0])} times as fast at acceptance {rates[0]}, {between(gains[rates.index(middle)])} at {middle} "
-        f"and {between(gains[-1])} at {rates[-1]}.",
+        f"{between(gains[0])} times as fast at acceptance {rates[0]}, {between(gains[rates.index(middle)])} at "
+        f"{middle} and {between(gains[-1])} at {rates[-1]}.",
         [
             fill(
-                "Bubbles: percent of all stages' time, until the user has all tokens, in which a stage stood idle. Last "
-                "column: speed of continuous speculation, one micro-batch per commit = 1."
+                "Bubbles: percent of all stages' time, until the user has all tokens, in which a stage stood idle. "
+                "Last column: speed of continuous speculation, one micro-batch per commit = 1."
             ),
             markdown_table(["acceptance", *(f"bubbles, {name}" for name in VARIANTS), "speed"], rows),
         ],
