@@ -13,9 +13,8 @@ from statistics import fmean
 from typing import Any
 
 from analysis.laboratory import Settings, columns, with_settings
-from pipesim.metrics import compute_metrics
 from pipesim.scenario import Scenario
-from pipesim.simulation.pipeline import simulate
+from pipesim.simulation.pipeline import evaluate
 
 COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 BARS = (0.0, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.9)
@@ -173,7 +172,7 @@ class Search:
 
 def speed_of(scenario: str, policy: Settings, seed: int) -> float:
     """Tokens per second of one generation."""
-    return columns(compute_metrics(simulate(with_settings(scenario, policy=policy, seed=seed))))["tokens/s"]
+    return columns(evaluate(with_settings(scenario, policy=policy, seed=seed)))["tokens/s"]
 
 
 def tune(scenario: str, fixed: Settings, starts: Sequence[Settings] = ()) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from analysis.studies.bench import Bench, Finding
 from analysis.style import CYCLE, doubling, line, panels
 from pipesim.errors import InvariantError
 from pipesim.metrics import compute_metrics
+from pipesim.recorder import Recorder
 from pipesim.scheduling.commands import Command
 from pipesim.scheduling.events import Event
 from pipesim.simulation.pipeline import Simulation
@@ -22,37 +23,39 @@ SPARE = {"no spare cells": 1, "16 spare cells": 16, "enough": None}
 SEEDS = 6
 
 
-def watched(scenario: str, seed: int) -> dict[str, Any]:
-    """One generation, with all cells counted after every event of the scheduler.
+class Watcher(Recorder):
+    """Counts all KV cells after every event of the scheduler."""
 
-    Raises:
-        InvariantError: cells were lost or held twice, or not all are free at the end (I5).
-    """
-    simulation = Simulation(with_settings(scenario, seed=seed))
-    recorder = simulation.recorder
-    scheduler, handle = recorder.scheduler, recorder.handle
-    checks, in_flight, least_free = 0, 0, None
+    checks = most_in_flight = 0
+    least_free = 2**63
 
-    def check(event: Event, now: float) -> list[Command]:
-        nonlocal checks, in_flight, least_free
-        commands = handle(event, now)
-        cells = scheduler.generation.cells
-        cells.check()
-        checks += 1
-        in_flight = max(in_flight, len(scheduler.generation.in_flight))
-        least_free = cells.free if least_free is None else min(least_free, cells.free)
+    def handle(self, event: Event, now: float) -> list[Command]:
+        """Passes on, then counts. Raises InvariantError if cells were lost or held twice (I5)."""
+        commands = super().handle(event, now)
+        generation = self.scheduler.generation
+        generation.cells.check()
+        self.checks += 1
+        self.most_in_flight = max(self.most_in_flight, len(generation.in_flight))
+        self.least_free = min(self.least_free, generation.cells.free)
         return commands
 
-    recorder.handle = check  # type: ignore[method-assign]
-    trace = simulation.run()
-    if scheduler.generation.cells.allocated:
-        raise InvariantError(f"{scheduler.generation.cells.allocated} KV cells are not free at the end (I5)")
+
+def watched(scenario: str, seed: int) -> dict[str, Any]:
+    """One generation under a watcher's eyes. Raises InvariantError, also if not all cells are free at the end (I5)."""
+    resolved = with_settings(scenario, seed=seed)
+    names = [plan.name for plan in resolved.stages()]
+    watcher = Watcher(resolved.scheduler(), seed, names, ticks_per_s=1e9)
+    Simulation(resolved, watcher).run()
+    held = watcher.scheduler.generation.cells.allocated
+    if held:
+        raise InvariantError(f"{held} KV cells are not free at the end (I5)")
+    trace = watcher.trace()
     metrics = compute_metrics(trace)
     return {
         "text": hashlib.blake2b(repr(trace.tokens).encode(), digest_size=8).hexdigest(),
-        "checks": checks,
-        "in flight": in_flight,
-        "least free": least_free,
+        "checks": watcher.checks,
+        "in flight": watcher.most_in_flight,
+        "least free": watcher.least_free,
         "cancelled": metrics.runs.cancelled,
         "tokens/s": metrics.tokens_per_second,
     }
@@ -118,8 +121,8 @@ def study(bench: Bench) -> Finding:
     least = min(result["least free"] for result in found.values())
     ends = (partitions[0], partitions[-1])
     return Finding(
-        f"Yes: {len(found)} generations, each with the text of plain decoding. After each of {checks:,} events the cells "
-        f"added up, and all were free at the end, with up to {most} runs in flight, with and without "
+        f"Yes: {len(found)} generations, each with the text of plain decoding. After each of {checks:,} events the "
+        f"cells added up, and all were free at the end, with up to {most} runs in flight, with and without "
         f"cancellation, and with as few as {least} free.",
         [
             "With cancellation; most runs in flight and fewest free cells of any seed:",
