@@ -1,7 +1,10 @@
 """Which layers go to which stage."""
 
+from functools import partial
+
 from backends.models.config import ModelConfig
 from pipesim.errors import BadInputError
+from pipesim.hardware.placement import place_layers
 
 
 def split_layers(config: ModelConfig, stages: int) -> tuple[int, ...]:
@@ -14,15 +17,11 @@ def split_layers(config: ModelConfig, stages: int) -> tuple[int, ...]:
     """
     if not 1 <= stages <= config.layers:
         raise BadInputError(f"--stages {stages}: the model has {config.layers} layers, use 1 to {config.layers} stages")
-    if stages == 1:
-        return (config.layers,)
     attention = config.hidden * config.qkv_width + config.heads * config.head_dim * config.hidden
     layer = attention + 3 * config.hidden * config.intermediate
     head = config.vocabulary * config.hidden
 
-    def heaviest(last: int) -> int:
-        return max(-(-(config.layers - last) // (stages - 1)) * layer, last * layer + head)
+    def weight(extra: int, layers: int) -> int:
+        return layers * layer + extra
 
-    last = min(range(1, config.layers - stages + 2), key=lambda last: (heaviest(last), -last))
-    each, more = divmod(config.layers - last, stages - 1)
-    return (*(each + (stage < more) for stage in range(stages - 1)), last)
+    return place_layers(config.layers, [partial(weight, 0)] * (stages - 1) + [partial(weight, head)])

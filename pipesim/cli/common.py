@@ -1,11 +1,13 @@
 """What all commands share: the application, option types, error handling, and how results are shown."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, TextIO
 
@@ -17,7 +19,7 @@ from typer.core import TyperGroup
 from pipesim.errors import BadInputError, PipesimError
 from pipesim.metrics import Metrics, compute_metrics
 from pipesim.perfetto import write_perfetto
-from pipesim.scenario import Scenario
+from pipesim.scenario import Scenario, StageSummary
 from pipesim.scenario_file import load_scenario
 from pipesim.trace import Trace
 
@@ -157,24 +159,37 @@ def printing() -> Iterator[None]:
         raise PipesimError(f"stdout: cannot be written ({problem.strerror})") from None
 
 
-def result(trace: Trace, metrics: Metrics, text: str | None = None) -> dict[str, Any]:
-    """The object that ``--json`` prints; ``text`` only for real runs."""
+def result(
+    trace: Trace, metrics: Metrics, text: str | None = None, stages: Sequence[StageSummary] = ()
+) -> dict[str, Any]:
+    """The object that ``--json`` prints; ``text`` only for real runs, ``stages`` only for simulated ones."""
     shown: dict[str, Any] = {"policy": trace.policy, "seed": trace.seed, "tokens": list(trace.tokens)}
     if text is not None:
         shown["text"] = text
-    return {**shown, "metrics": metrics.as_dict()}
+    shown["metrics"] = metrics.as_dict()
+    if stages:
+        shown["stages"] = [dataclasses.asdict(stage) for stage in stages]
+    return shown
 
 
 def report(
-    trace: Trace, *, as_json: bool, trace_file: Path | None, plot_file: Path | None, text: str | None = None
+    trace: Trace,
+    *,
+    as_json: bool,
+    trace_file: Path | None,
+    plot_file: Path | None,
+    text: str | None = None,
+    stages: Sequence[StageSummary] = (),
 ) -> None:
     """Shows the result and writes the files that were asked for; exits with status 1 unless all tokens are there."""
     metrics = compute_metrics(trace)
     with printing():
         if as_json:
-            print(json.dumps(result(trace, metrics, text), allow_nan=False))
+            print(json.dumps(result(trace, metrics, text, stages), allow_nan=False))
         else:
             Console().print(metrics_table(trace, metrics))
+            if stages:
+                Console().print(stages_table(stages))
     with writing(trace_file) as stream:
         if stream:
             write_perfetto(trace, stream)
@@ -223,4 +238,23 @@ def metrics_table(trace: Trace, metrics: Metrics) -> Table:
         add("wasted compute", metrics.wasted_compute_fraction.total, ".1%")
     add("sent over links", metrics.link_bytes / 1e6, ".2f", " MB")
     add("drafted tokens", metrics.draft_tokens, "d")
+    return table
+
+
+def stages_table(stages: Sequence[StageSummary]) -> Table:
+    """What the stages are, for people; equal neighbours share a row."""
+    table = Table(title=f"stages; c: cost slope of micro-batches, by {stages[0].slope_rows} rows")
+    table.add_column("stage", no_wrap=True)
+    for name in ("layers", "device", "memory", "one row", "c"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for figures, group in groupby(stages, lambda stage: dataclasses.replace(stage, name="")):
+        names = [stage.name for stage in group]
+        table.add_row(
+            names[0] + (f"-{names[-1].rpartition(' ')[2]}" if len(names) > 1 else ""),
+            str(figures.layers),
+            figures.device or "its own",
+            "-" if figures.memory_bytes is None else f"{figures.memory_bytes / 2**30:.2f} GiB",
+            f"{figures.run_ms:.2f} ms",
+            f"{figures.slope_c:.3f}",
+        )
     return table

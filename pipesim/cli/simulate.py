@@ -1,4 +1,4 @@
-"""The commands that need no model: simulate, replay, schema."""
+"""The commands that need no model: simulate, replay, profiles, schema."""
 
 import json
 from pathlib import Path
@@ -23,6 +23,7 @@ from pipesim.cli.common import (
     writing,
 )
 from pipesim.event_log import replay_log
+from pipesim.hardware.tables import profile_tables
 from pipesim.scenario import json_schema
 
 
@@ -46,7 +47,7 @@ def simulate_command(
     check_outputs(trace, events, plot=plot)
     with writing(events) as stream:
         outcome = simulate(loaded, stream)
-    report(outcome, as_json=as_json, trace_file=trace, plot_file=plot)
+    report(outcome, as_json=as_json, trace_file=trace, plot_file=plot, stages=loaded.stage_summaries())
 
 
 @app.command("replay")
@@ -68,6 +69,16 @@ def replay_command(
         diagnostic(f"{events}: {outcome.events} events agree; the log ends before the generation did")
         raise typer.Exit(1)
     diagnostic(f"{events}: {outcome.events} events, and a fresh scheduler gives the same commands")
+
+
+@app.command("profiles")
+def profiles_command() -> None:
+    """List the devices, links, models and quantizations that scenarios know by name, with sources (Markdown tables).
+
+    Example: pipesim profiles | less -S
+    """
+    with printing():
+        print(profile_tables(), end="")
 
 
 @app.command("schema")

@@ -10,10 +10,9 @@ def place_layers(
     """Layers per stage, at least one each, such that the largest ``seconds[stage](layers of it)`` is smallest.
 
     Each layer in turn goes to the stage that has it done first; among equals, to the one with the fewest layers. That
-    is exact if no stage gets faster by a further layer: were some other placement faster, it would give some stage
-    fewer layers than this one does, and a layer that came here last would have had a faster place
-    (Ibaraki and Katoh: Resource Allocation Problems, 1988, chapter 5). What does not depend on the number of layers,
-    such as an LM head, is part of ``seconds``.
+    is exact if no stage gets faster by a further layer: before a layer is placed at a time T, every stage holds all
+    layers that it can hold in less than T, so no placement whose maximum is below T has a place for this layer, too.
+    What does not depend on the number of layers, such as an LM head, is part of ``seconds``.
 
     Args:
         layers: how many to place.

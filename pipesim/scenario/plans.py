@@ -1,20 +1,18 @@
 """What follows from a scenario's sections for each stage and the drafter: layers, cost model, memory."""
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 from pipesim.hardware.costs import CostModel, Roofline, StagePart, micro_batch_slope
 from pipesim.hardware.placement import place_layers
 from pipesim.scenario.cluster import Drafter, Stage
 from pipesim.scenario.costs import Cost, RooflineCost
+from pipesim.scenario.memory import Load, limit
 from pipesim.scenario.model import Model, ModelShapeSection
 from pipesim.scheduling.runs import RunKind
 
 SLOPE_ROWS = 4
 """Rows of the run by which a stage's micro-batch cost slope is reported: micro-batches of 1-4 tokens work best."""
-_GIB = 2**30
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +42,12 @@ class StagePlan:
             return Roofline(self.part(), self.cost.machine(self.model.quantization))
         return self.cost.model(self.layers, self.last)
 
-    def memory_bytes(self, kv_cells: int) -> float | None:
-        """What each of its devices must hold; None unless its cost is a roofline, which knows the model's bytes."""
+    def load(self, kv_cells: int) -> Load | None:
+        """What it needs of each device's memory; None unless its cost is a roofline, which knows the model's bytes."""
         if not isinstance(self.cost, RooflineCost):
             return None
-        return self.part().memory_bytes(kv_cells, self.cost.tensor_parallel)
+        needed = self.part().memory_bytes(kv_cells, self.cost.tensor_parallel)
+        return Load(f"{self.name} ({self.layers} layers)", self.device, needed, self.cost.memory_bytes())
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,38 +80,47 @@ class DraftPlan:
 
 def summarize(plan: StagePlan, kv_cells: int, context: float) -> StageSummary:
     """A stage in figures."""
-    cost, memory = plan.cost_model(), plan.memory_bytes(kv_cells)
+    cost, load = plan.cost_model(), plan.load(kv_cells)
     device = plan.cost.profile if plan.device is None and isinstance(plan.cost, RooflineCost) else plan.device
     return StageSummary(
         name=plan.name,
         layers=plan.layers,
         device=device,
-        memory_bytes=None if memory is None else round(memory),
+        memory_bytes=None if load is None else round(load.needed),
         run_ms=1e3 * cost.seconds(RunKind.CANONICAL, 1, context),
         slope_c=micro_batch_slope(cost, SLOPE_ROWS, context),
         slope_rows=SLOPE_ROWS,
     )
 
 
-def plan_stages(
-    stages: Sequence[Stage], model: Model, kv_cells: int, context: float, head: tuple[str | None, float]
-) -> tuple[StagePlan, ...]:
-    """The pipeline's stages in order, each with its layers; too few in total if memory has no room for ``auto``.
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What ``layers: auto`` takes into account beside the stages.
 
-    Args:
-        stages: as the scenario lists them.
-        model: the target model.
+    Attributes:
         kv_cells: of every stage.
-        context: cells to which the one-row runs attend by which ``layers: auto`` compares stages.
-        head: the head's device, None for its own, and the seconds it takes there for each run.
+        context: cells to which the one-row runs attend by which stages are compared.
+        head: the head's device, None for its own.
+        head_seconds: what the head takes there for each run.
+        drafter: what the draft model needs, if that is known.
     """
+
+    kv_cells: int
+    context: float
+    head: str | None
+    head_seconds: float
+    drafter: Load | None
+
+
+def plan_stages(stages: Sequence[Stage], model: Model, around: Surroundings) -> tuple[StagePlan, ...]:
+    """The pipeline's stages in order, each with its layers; too few in total if memory has no room for ``auto``."""
     listed = [stage for stage in stages for _ in range(stage.repeat)]
     plans = [
         StagePlan(f"stage {index}", min(index, 1), 1, stage.device, stage.cost, model, index == len(listed) - 1)
         for index, stage in enumerate(listed)
     ]
     wanted = [stage.layers for stage in listed]
-    numbers = _placed(plans, wanted, kv_cells, context, head) if "auto" in wanted else _spread(wanted, model.layers)
+    numbers = _placed(plans, wanted, model.layers, around) if "auto" in wanted else _spread(wanted, model.layers)
     firsts = (sum(numbers[:index]) for index in range(len(numbers)))
     return tuple(
         replace(plan, layers=number, first_layer=first)
@@ -133,53 +141,41 @@ def _spread(wanted: Sequence[int | str | None], layers: int) -> list[int]:
 
 
 def _placed(
-    plans: Sequence[StagePlan],
-    wanted: Sequence[int | str | None],
-    kv_cells: int,
-    context: float,
-    head: tuple[str | None, float],
+    plans: Sequence[StagePlan], wanted: Sequence[int | str | None], layers: int, around: Surroundings
 ) -> list[int]:
     """Stages with ``auto`` get what the others leave such that the slowest of them is as fast as can be."""
-    numbers = [number if isinstance(number, int) else 1 for number in wanted]
-    open_stages = [stage for stage, number in enumerate(wanted) if not isinstance(number, int)]
+    numbers = {stage: number for stage, number in enumerate(wanted) if isinstance(number, int)}
+    left = layers - sum(numbers.values())
+    open_stages = [stage for stage in range(len(plans)) if stage not in numbers]
+    loads = [plan.load(around.kv_cells) for plan in plans]
+    needs = [
+        _by_layers(plan, lambda plan: load.needed if (load := plan.load(around.kv_cells)) else 0.0) for plan in plans
+    ]
 
-    def seconds(stage: int, layers: int) -> float:
-        plan = plans[stage]
-        time = replace(plan, layers=layers).cost_model().seconds(RunKind.CANONICAL, 1, context)
-        return time + (head[1] if plan.device is not None and plan.device == head[0] else 0.0)
+    def seconds(plan: StagePlan) -> float:
+        with_head = plan.device is not None and plan.device == around.head
+        time = plan.cost_model().seconds(RunKind.CANONICAL, 1, around.context)
+        return time + (around.head_seconds if with_head else 0.0)
 
     def has_room(index: int, placed: Sequence[int]) -> bool:
-        for stage, layers in zip(open_stages, placed, strict=True):
-            numbers[stage] = layers
         grown = open_stages[index]
         device = plans[grown].device
-        neighbours = [s for s, plan in enumerate(plans) if s == grown or (device is not None and plan.device == device)]
-        together = [replace(plans[s], layers=numbers[s] + (s == grown)) for s in neighbours]
-        return not any(memory_problems(together, kv_cells))
+        now = {**numbers, **dict(zip(open_stages, placed, strict=True))}
+        now[grown] += 1
+        here = [stage for stage in now if stage == grown or (device is not None and plans[stage].device == device)]
+        others = [around.drafter] if around.drafter and device is not None and around.drafter.device == device else []
+        needed = sum(needs[stage](now[stage]) for stage in here) + sum(load.needed for load in others)
+        return needed <= limit([*others, *(load for stage in here if (load := loads[stage]))])
 
-    model = plans[0].model
-    assert model is not None
-    left = model.layers - sum(number for number in wanted if isinstance(number, int))
-    placed = place_layers(left, [partial(seconds, stage) for stage in open_stages], has_room)
-    for stage, layers in zip(open_stages, placed, strict=True):
-        numbers[stage] = layers
-    return numbers
+    placed = place_layers(left, [_by_layers(plans[stage], seconds) for stage in open_stages], has_room)
+    numbers.update(zip(open_stages, placed, strict=True))
+    return [numbers[stage] for stage in range(len(plans))]
 
 
-def memory_problems(plans: Sequence[StagePlan], kv_cells: int) -> Iterator[str]:
-    """One line for each device, shared or a stage's own, that cannot hold what lies on it."""
-    shared: defaultdict[str, list[StagePlan]] = defaultdict(list)
-    for plan in plans:
-        shared[plan.device or plan.name].append(plan)
-    for device, users in shared.items():
-        needed = sum(plan.memory_bytes(kv_cells) or 0.0 for plan in users)
-        limits = [plan.cost.memory_bytes() for plan in users if isinstance(plan.cost, RooflineCost)]
-        available = min((limit for limit in limits if limit is not None), default=None)
-        if available is not None and needed > available:
-            names = ", ".join(plan.name for plan in users)
-            where = f" on {device!r}" if device != names else ""
-            layers = "+".join(str(plan.layers) for plan in users)
-            yield f"cluster.stages: {names}{where} with {layers} layers {_too_much(needed, available, kv_cells)}"
+def _by_layers(plan: StagePlan, value: Callable[[StagePlan], float]) -> Callable[[int], float]:
+    """A stage's time or size by the number of its layers: all of ours are a constant and an equal part per layer."""
+    one, two = (value(replace(plan, layers=layers)) for layers in (1, 2))
+    return lambda layers: one + (layers - 1) * (two - one)
 
 
 def draft_plan(drafter: Drafter, prompt_tokens: int, context: float, branches: int) -> DraftPlan:
@@ -193,19 +189,13 @@ def draft_plan(drafter: Drafter, prompt_tokens: int, context: float, branches: i
     return DraftPlan(1e3 * cost.seconds(RunKind.CANONICAL, branches, context), 1e3 * prefill)
 
 
-def drafter_problems(drafter: Drafter, kv_cells: int) -> Iterator[str]:
-    """One line if the draft model is not fully described or does not fit."""
+def draft_load(drafter: Drafter, tokens: int) -> Load | None:
+    """What the draft model needs of its device's memory for a text of so many tokens; None if it is not described."""
     if drafter.model is None or drafter.cost is None:
-        return
-    problems = list(roofline_problems("cluster.drafter.cost", drafter.cost, "cluster.drafter.model", drafter.model))
-    yield from problems
-    available = drafter.cost.memory_bytes()
-    if problems or available is None:
-        return
+        return None
     part = drafter.model.part(drafter.model.layers, embeds=True, predicts=True)
-    needed = part.memory_bytes(kv_cells, drafter.cost.tensor_parallel)
-    if needed > available:
-        yield f"cluster.drafter: the draft model {_too_much(needed, available, kv_cells)}"
+    needed = part.memory_bytes(tokens, drafter.cost.tensor_parallel)
+    return Load("the draft model", drafter.device, needed, drafter.cost.memory_bytes())
 
 
 def roofline_problems(field: str, cost: Cost, model_field: str, model: ModelShapeSection) -> Iterator[str]:
@@ -220,11 +210,3 @@ def roofline_problems(field: str, cost: Cost, model_field: str, model: ModelShap
             f"{field}.tensor_parallel = {cost.tensor_parallel}: {model_field} has {model.heads} heads, "
             "which do not divide among so many devices"
         )
-
-
-def _too_much(needed: float, available: float, kv_cells: int) -> str:
-    return (
-        f"needs {needed / _GIB:.2f} GiB of each device (weights and {kv_cells} KV cells), {available / _GIB:.2f} GiB "
-        f"are available: {(needed - available) / _GIB:.2f} GiB too much: use more or larger devices, or a smaller "
-        "quantization"
-    )

@@ -11,15 +11,16 @@ from pipesim.errors import BadInputError
 from pipesim.scenario.acceptance import Acceptance, TraceAcceptance
 from pipesim.scenario.cluster import Cluster
 from pipesim.scenario.costs import RooflineCost
+from pipesim.scenario.memory import Load, memory_problems
 from pipesim.scenario.model import Model
 from pipesim.scenario.network import Link, OwnLink
 from pipesim.scenario.plans import (
     DraftPlan,
     StagePlan,
     StageSummary,
+    Surroundings,
+    draft_load,
     draft_plan,
-    drafter_problems,
-    memory_problems,
     plan_stages,
     roofline_problems,
     summarize,
@@ -87,7 +88,9 @@ class Scenario(Section):
             if stage.layers == "auto" and not isinstance(cost, RooflineCost) and cost.per == "stage":
                 yield f"{field}.cost.per = 'stage': layers: auto needs the time of a layer: use per: layer"
             yield from roofline_problems(f"{field}.cost", cost, "model", self.model)
-        yield from drafter_problems(self.cluster.drafter, self.workload.prompt_length + self.workload.max_new_tokens)
+        drafter = self.cluster.drafter
+        if drafter.model and drafter.cost:
+            yield from roofline_problems("cluster.drafter.cost", drafter.cost, "cluster.drafter.model", drafter.model)
 
     def _memory_problems(self) -> Iterator[str]:
         plans = self.stages()
@@ -97,7 +100,8 @@ class Scenario(Section):
                 f"cluster.stages: layers: auto finds memory for {placed} of {self.model.layers} layers: "
                 "use more or larger devices, or a smaller quantization"
             )
-        yield from memory_problems(plans, self.kv_cells())
+        loads = (*(plan.load(self.kv_cells()) for plan in plans), self._draft_load())
+        yield from memory_problems(load for load in loads if load)
 
     def _device_problems(self) -> Iterator[str]:
         names = [device.name for device in self.cluster.devices]
@@ -158,8 +162,9 @@ class Scenario(Section):
 
     def stages(self) -> tuple[StagePlan, ...]:
         """The pipeline's stages in order, each with its layers."""
-        head = (self.cluster.head.device, self.cluster.head.overhead_ms * 1e-3)
-        return plan_stages(self.cluster.stages, self.model, self.kv_cells(), self._middle(), head)
+        head = self.cluster.head
+        around = Surroundings(self.kv_cells(), self._middle(), head.device, head.overhead_ms * 1e-3, self._draft_load())
+        return plan_stages(self.cluster.stages, self.model, around)
 
     def stage_summaries(self) -> tuple[StageSummary, ...]:
         """What each stage is, for reports."""
@@ -172,8 +177,14 @@ class Scenario(Section):
 
     def kv_cells(self) -> int:
         """KV cells of every stage."""
-        text = self.workload.prompt_length + self.workload.max_new_tokens
-        return self.policy.build().limits.kv_cells(text) if self.cluster.kv_cells is None else self.cluster.kv_cells
+        given = self.cluster.kv_cells
+        return self.policy.build().limits.kv_cells(self._text()) if given is None else given
+
+    def _draft_load(self) -> Load | None:
+        return draft_load(self.cluster.drafter, self._text())
+
+    def _text(self) -> int:
+        return self.workload.prompt_length + self.workload.max_new_tokens
 
     def _middle(self) -> float:
         """Cells to which a row attends in the middle of the text."""

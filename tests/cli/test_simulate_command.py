@@ -29,7 +29,7 @@ def test_json_is_one_object_with_the_fixed_keys_and_nothing_else_on_stdout() -> 
     assert result.exit_code == 0, result.stderr
     assert result.stdout.count("\n") == 1
     printed = json.loads(result.stdout)
-    assert list(printed) == ["policy", "seed", "tokens", "metrics"]
+    assert list(printed) == ["policy", "seed", "tokens", "metrics", "stages"]
     assert (printed["policy"], printed["seed"], len(printed["tokens"])) == ("pipeinfer", 5, 6)
     metrics = printed["metrics"]
     assert list(metrics) == [
@@ -49,6 +49,30 @@ def test_json_is_one_object_with_the_fixed_keys_and_nothing_else_on_stdout() -> 
     assert list(metrics["itl_s"]) == ["mean", "p50", "p95", "p99"]
     assert list(metrics["runs"]) == ["submitted", "accepted", "rejected", "cancelled", "drained"]
     assert len(metrics["stage_utilization"]) == 4
+
+
+def test_each_stage_is_reported_with_its_micro_batch_cost_slope() -> None:
+    printed = json.loads(call("simulate", DEMO, *SHORT, "--json").stdout)
+    first, *_, last = printed["stages"]
+    assert first == {
+        "name": "stage 0",
+        "layers": 8,
+        "device": "laptop",
+        "memory_bytes": None,
+        "run_ms": pytest.approx(8 * 1.4),
+        "slope_c": pytest.approx((2.3 - 1.4) / (3 * 1.4)),
+        "slope_rows": 4,
+    }
+    assert last["slope_c"] == pytest.approx((28 - 18) / (3 * 18))
+    shown = call("simulate", DEMO, *SHORT).stdout
+    assert "stage 0-2" in shown
+    assert "0.214" in shown
+
+
+def test_profiles_are_listed_with_their_sources() -> None:
+    shown = call("profiles").stdout
+    for part in ("h100-sxm", "H100 Tensor Core GPU data sheet", "falcon-180b", "nvlink-4", "q4_k_m"):
+        assert part in shown
 
 
 def test_same_seed_same_bytes() -> None:
@@ -197,7 +221,7 @@ def test_schema_is_json_schema() -> None:
     assert schema["additionalProperties"] is False
 
 
-@pytest.mark.parametrize("command", ["simulate", "replay", "schema"])
+@pytest.mark.parametrize("command", ["simulate", "replay", "profiles", "schema"])
 def test_help_shows_an_example(command: str) -> None:
     result = call(command, "--help")
     assert result.exit_code == 0
