@@ -46,11 +46,11 @@ def test_a_tied_lm_head_is_a_copy_unless_it_lies_beside_the_embedding() -> None:
     assert whole == 2 * shape.parameters
     assert halves - whole == 2 * shape.embedding_parameters
     sizes = "hidden: 64, layers: 4, heads: 4, intermediate: 128"
-    whole, tied = (
+    untied, tied = (
         build(f"model={{name: m, {sizes}, tied: {tied}}}", f"cluster.stages=[{{cost: {COST}}}]").stages()[0]
         for tied in ("false", "true")
     )
-    assert needed(whole, 9) - needed(tied, 9) == 2 * 64 * 32000
+    assert needed(untied, 9) - needed(tied, 9) == 2 * 64 * 32000
 
 
 def test_the_message_names_stage_need_room_and_what_is_missing() -> None:
