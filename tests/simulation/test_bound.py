@@ -1,0 +1,251 @@
+"""No policy beats the clairvoyant bound, and the bound is reached where theory says so."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scenario_builder import PLAIN, build
+
+from pipesim.metrics import compute_metrics
+from pipesim.scenario import Scenario
+from pipesim.scenario_file import build_scenario
+from pipesim.scheduling.tree import Candidate
+from pipesim.simulation.acceptance import RecordedTruth
+from pipesim.simulation.bound import clairvoyant_bound
+from pipesim.simulation.pipeline import Simulation, simulate
+from pipesim.trace import Trace
+
+DEVICES = (None, None, "a", "b")
+NO_LINKS = "cluster.links={}"
+CERTAIN = "acceptance={kind: iid, rate: 1, confidence_right: 1, confidence_spread: 0}"
+
+
+def emission_times(trace: Trace) -> list[float]:
+    return [emission.time_s for emission in trace.emissions for _ in emission.tokens]
+
+
+def assert_bounded(trace: Trace, times: Sequence[float]) -> None:
+    seen = emission_times(trace)
+    early = [i for i, (at, bound) in enumerate(zip(seen, times, strict=True)) if at < bound]
+    assert not early, f"token {early[0]} came at {seen[early[0]]} s, the bound says {times[early[0]]} s"
+
+
+milliseconds = st.one_of(st.just(0.0), st.floats(0.001, 30))
+bandwidths = st.sampled_from([None, 0.001, 0.05, 1.0, 100.0])
+own_links = st.fixed_dictionaries({}, optional={"latency_ms": milliseconds, "bandwidth_gbps": bandwidths})
+
+
+@st.composite
+def costs(draw: st.DrawFn) -> dict[str, Any]:
+    shared = {
+        "per": draw(st.sampled_from(["stage", "layer"])),
+        "kv_us_per_kilocell": draw(st.sampled_from([0, 0, 100, 50_000])),
+        "prefill_per_token_ms": draw(st.one_of(st.none(), milliseconds)),
+    }
+    if draw(st.booleans()):
+        rows_ms = draw(st.dictionaries(st.integers(1, 20), st.floats(0.01, 20), min_size=1, max_size=4))
+        return {"kind": "table", "rows_ms": rows_ms, **shared}  # measured times may well fall with more rows
+    return {"kind": "linear", "constant_ms": draw(st.floats(0.01, 20)), "per_token_ms": draw(milliseconds), **shared}
+
+
+@st.composite
+def policies(draw: st.DrawFn) -> dict[str, Any]:
+    bar = st.floats(0, 1)
+    size, branches = st.integers(1, 8), st.integers(1, 4)
+    match draw(st.sampled_from(["autoregressive", "speculative", "pipeinfer"])):
+        case "speculative":
+            own = {"max_nodes": size, "branches": branches, "cutoff": bar, "split": bar}
+            return {"name": "speculative", **draw(st.fixed_dictionaries(own))}
+        case "pipeinfer":
+            bars = {**dict.fromkeys(("p_accept", "p_split", "p_recovery"), bar), "p_decay": st.sampled_from([0, 0.2])}
+            switches = dict.fromkeys(
+                ("asynchronous", "continuous", "multibuffering", "cancellation", "always_canonical"), st.booleans()
+            )
+            own = {"micro_batch": size, "branches": branches, "partitions": st.integers(1, 8)}
+            return {"name": "pipeinfer", **draw(st.fixed_dictionaries({**own, **bars, **switches}))}
+        case plain:
+            return {"name": plain}
+
+
+@st.composite
+def scenarios(draw: st.DrawFn) -> Scenario:
+    """Clusters of all sorts: slow and fast drafters, links and heads, shared devices, falling tables."""
+    device = st.sampled_from(DEVICES)
+    stages = [
+        {"cost": draw(costs()), "device": draw(device), "repeat": draw(st.integers(1, 3))}
+        for _ in range(draw(st.integers(1, 3)))
+    ]
+    cluster: dict[str, Any] = {
+        "stages": stages,
+        "drafter": {
+            "level_ms": draw(milliseconds),
+            "prefill_per_token_ms": draw(milliseconds),
+            "device": draw(device),
+        },
+        "head": {"overhead_ms": draw(milliseconds), "device": draw(device)},
+        "links": {
+            "latency_ms": draw(milliseconds),
+            "bandwidth_gbps": draw(bandwidths),
+            "hops": [{"hop": draw(st.integers(0, len(stages))), **draw(own_links)}],
+            "draft": draw(own_links),
+            "control": draw(own_links),
+        },
+        "prefill_chunk": draw(st.integers(1, 16)),
+        "prefill_window": draw(st.integers(1, 4)),
+    }
+    users = {cluster["drafter"]["device"], cluster["head"]["device"], *(stage["device"] for stage in stages)}
+    cluster["devices"] = [{"name": name, "cores": draw(st.integers(1, 3))} for name in sorted(users - {None})]
+    return build_scenario(
+        {
+            **PLAIN,
+            "model": {"name": "toy", "layers": 12, "hidden": draw(st.sampled_from([4, 4096])), "vocabulary": 50},
+            "cluster": cluster,
+            "workload": {"prompt_tokens": draw(st.integers(1, 40)), "max_new_tokens": draw(st.integers(1, 30))},
+            "policy": draw(policies()),
+            "acceptance": {
+                "kind": "iid",
+                "rate": draw(st.sampled_from([0, 0.5, 0.9, 1])),
+                "runner_up": draw(st.sampled_from([0, 0.5, 1])),
+            },
+            "seed": draw(st.integers(0, 99)),
+        }
+    )
+
+
+@settings(deadline=None, max_examples=150)
+@given(scenarios())
+def test_no_policy_shows_any_token_earlier(scenario: Scenario) -> None:
+    bound = clairvoyant_bound(scenario)
+    trace = simulate(scenario)
+    assert_bounded(trace, bound.emissions_s)
+    metrics = compute_metrics(trace)
+    assert metrics.e2e_s is not None
+    assert 0 < bound.fraction(metrics.e2e_s) <= 1
+    if metrics.tokens_per_second is not None and bound.tokens_per_second is not None:
+        assert metrics.tokens_per_second <= bound.tokens_per_second * (1 + 1e-9)
+
+
+@settings(deadline=None, max_examples=60)
+@given(scenarios(), st.data())
+def test_no_policy_shows_any_token_earlier_whatever_the_recorded_truth(scenario: Scenario, data: st.DataObject) -> None:
+    """A truth of bursts, with one candidate, two or none, that may end the text with a stop token."""
+    count = scenario.workload.max_new_tokens
+    text = data.draw(st.lists(st.integers(1, 40), min_size=count, max_size=count))
+    ranked: list[Sequence[Candidate]] = []
+    for token in text:
+        others = [(41, 0.9), (token, 0.9)], [(token, 0.9), (41, 0.9)], [(token, 0.5)], [(41, 0.9)], []
+        ranked.append(data.draw(st.sampled_from(others)))
+    stop = (data.draw(st.integers(1, 40)),)
+    truth = RecordedTruth([1, 2, 3], text, ranked, stop_tokens=stop)
+    trace = Simulation(scenario, truth=truth).run()
+    assert_bounded(trace, clairvoyant_bound(scenario, truth).emissions_s)
+
+
+@pytest.mark.parametrize(
+    "sets",
+    [
+        [],
+        ["cluster.head.overhead_ms=0.7", "cluster.prefill_chunk=3", "cluster.prefill_window=2"],
+        ["cluster.stages.0.cost={kind: linear, constant_ms: 3, per_token_ms: 1, kv_us_per_kilocell: 9000}"],
+        ["cluster.stages.0.cost={kind: table, rows_ms: {1: 4, 8: 5}}", "cluster.links.bandwidth_gbps=0.01"],
+        ["cluster.stages.0.repeat=1", NO_LINKS],
+    ],
+)
+def test_plain_decoding_beside_a_useless_drafter_is_the_bound_exactly(sets: list[str]) -> None:
+    useless = ["acceptance.rate=0", "acceptance.runner_up=0", "policy.name=autoregressive"]
+    scenario = build(*sets, *useless)
+    assert clairvoyant_bound(scenario).emissions_s == tuple(emission_times(simulate(scenario)))
+
+
+def test_the_first_token_is_exact_for_every_policy() -> None:
+    for policy in ("{name: pipeinfer}", "{name: speculative}", "{name: autoregressive}"):
+        scenario = build(f"policy={policy}", "cluster.prefill_chunk=3", "cluster.prefill_window=1")
+        assert clairvoyant_bound(scenario).emissions_s[0] == simulate(scenario).emissions[0].time_s
+
+
+def test_a_certain_drafter_that_is_slower_than_the_stages_is_the_bound() -> None:
+    """Drafting is all that can be waited for: one level a token."""
+    sets = [CERTAIN, NO_LINKS, "cluster.drafter.level_ms=15", "workload.max_new_tokens=400"]
+    scenario = build(*sets, "policy={name: pipeinfer, micro_batch: 1, partitions: 16}")
+    bound, metrics = clairvoyant_bound(scenario), compute_metrics(simulate(scenario))
+    assert bound.tokens_per_second == pytest.approx(1 / 15e-3, rel=0.02)
+    assert metrics.e2e_s is not None
+    assert bound.fraction(metrics.e2e_s) > 0.97
+
+
+def test_certain_drafts_where_batches_save_nothing_are_bound_by_the_slowest_stage() -> None:
+    sets = [CERTAIN, NO_LINKS, "cluster.drafter.level_ms=1", "workload.max_new_tokens=400"]
+    stages = ", ".join(f"{{cost: {{kind: linear, constant_ms: 0.01, per_token_ms: {ms}}}}}" for ms in (7, 12, 9))
+    scenario = build(*sets, f"cluster.stages=[{stages}]", "policy={name: pipeinfer, micro_batch: 2}")
+    bound, metrics = clairvoyant_bound(scenario), compute_metrics(simulate(scenario))
+    assert bound.tokens_per_second == pytest.approx(1 / 12e-3, rel=0.02)
+    assert metrics.e2e_s is not None
+    assert bound.fraction(metrics.e2e_s) > 0.97
+
+
+def test_certain_drafts_over_a_slow_link_are_bound_by_its_bytes() -> None:
+    sets = [CERTAIN, "cluster.drafter.level_ms=0", "workload.max_new_tokens=400", "model.hidden=4096"]
+    scenario = build(*sets, "cluster.links={latency_ms: 1, bandwidth_gbps: 0.01}", "cluster.links.draft.latency_ms=0")
+    row_s = (4096 * 4 + 12) * 8 / 0.01e9
+    assert clairvoyant_bound(scenario).tokens_per_second == pytest.approx(1 / row_s, rel=0.02)
+
+
+def test_stages_that_share_a_core_share_its_time() -> None:
+    """Three stages of 11 ms a row, of which 9 ms are the row's own, on one core and on two."""
+    sets = [CERTAIN, NO_LINKS, "cluster.drafter.level_ms=0", "workload.max_new_tokens=400"]
+    sets.append("cluster.stages=[{repeat: 3, device: box, cost: {kind: linear, constant_ms: 2, per_token_ms: 9}}]")
+    for cores in (1, 2):
+        scenario = build(*sets, f"cluster.devices=[{{name: box, cores: {cores}}}]")
+        assert clairvoyant_bound(scenario).tokens_per_second == pytest.approx(cores / 27e-3, rel=0.03)
+
+
+def test_a_miss_costs_a_whole_traversal_and_the_policy_plays_no_part() -> None:
+    """Right, right, wrong, ...: what lies between two misses goes through the pipeline together."""
+    sets = [NO_LINKS, "cluster.drafter.level_ms=2", "workload={max_new_tokens: 61}"]
+    sets.append("cluster.stages.0.cost={kind: linear, constant_ms: 10}")
+    ranked = [[(7 if index % 3 else 8, 0.9)] for index in range(61)]
+    truth = RecordedTruth([1], [7] * 61, ranked)
+    bounds = {
+        clairvoyant_bound(build(*sets, f"policy.name={policy}"), truth)
+        for policy in ("pipeinfer", "autoregressive", "speculative")
+    }
+    (bound,) = bounds
+    assert bound.tokens_per_second == pytest.approx(3 / (30e-3 + 2 * 2e-3), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ("cluster.drafter.level_ms=20", "slower drafts"),
+        ("cluster.drafter.prefill_per_token_ms=30", "a drafter that reads the prompt slowly"),
+        ("cluster.links.draft.latency_ms=40", "a drafter far away"),
+        ("cluster.head.overhead_ms=5", "a slow head"),
+        ("cluster.links.latency_ms=5", "far stages"),
+        ("cluster.stages.0.cost.per_token_ms=20", "dear rows"),
+        ("acceptance.rate=0.4", "worse drafts"),
+        ("acceptance.runner_up=0", "runners-up that are never right"),
+    ],
+)
+def test_everything_that_slows_a_clairvoyant_scheduler_is_in_the_bound(change: str, what: str) -> None:
+    assert clairvoyant_bound(build(change)).e2e_s > clairvoyant_bound(build()).e2e_s * 1.001, what
+
+
+def test_a_single_token_has_a_bound_but_no_speed() -> None:
+    bound = clairvoyant_bound(build("workload.max_new_tokens=1"))
+    assert bound.tokens_per_second is None
+    assert len(bound.emissions_s) == 1
+
+
+def test_it_costs_a_fraction_of_the_simulation() -> None:
+    scenario = build("cluster.stages.0.repeat=8", "workload.max_new_tokens=2000")
+    ratios = []
+    for _ in range(3):
+        start = time.perf_counter()
+        simulate(scenario)
+        middle = time.perf_counter()
+        clairvoyant_bound(scenario)
+        ratios.append((time.perf_counter() - middle) / (middle - start))
+    assert min(ratios) < 0.2
