@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 
 from pipesim.scheduling.commands import FinishReason, Outcome
 from pipesim.scheduling.runs import RunKind
@@ -31,6 +32,20 @@ class DraftSpan:
     tokens: int
 
 
+class Fate(StrEnum):
+    """What became of a run, as pictures tell it."""
+
+    PREFILL = "prefill"
+    CANONICAL = "canonical"
+    ACCEPTED = "accepted"
+    """Speculative, and part of it is text."""
+    REDUNDANT = "redundant"
+    REJECTED = "rejected"
+    CANCELLED = "cancelled"
+    DRAINED = "drained"
+    """In flight when the generation ended or broke, or never seen again."""
+
+
 @dataclass(frozen=True, slots=True)
 class RunRecord:
     """The life of one run as the head saw it.
@@ -54,6 +69,15 @@ class RunRecord:
         Never a prefill run: one that repeats known text, because a stage was lost, fills empty cells.
         """
         return self.outcome is Outcome.ACCEPTED and not self.useful_rows and self.kind is not RunKind.PREFILL
+
+    @property
+    def fate(self) -> Fate:
+        """What became of it."""
+        if self.outcome is not Outcome.ACCEPTED:
+            return Fate.DRAINED if self.outcome is None else Fate(self.outcome)
+        if self.redundant:
+            return Fate.REDUNDANT
+        return Fate.ACCEPTED if self.kind is RunKind.SPECULATIVE else Fate(self.kind)
 
 
 @dataclass(frozen=True, slots=True)
