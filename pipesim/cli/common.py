@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, TextIO
 
 import typer
 from rich.console import Console
@@ -22,6 +22,9 @@ from pipesim.perfetto import write_perfetto
 from pipesim.scenario import Scenario, StageSummary
 from pipesim.scenario_file import load_scenario
 from pipesim.trace import Trace
+
+if TYPE_CHECKING:
+    from pipesim.simulation.bound import Bound
 
 
 class _Commands(TyperGroup):
@@ -160,15 +163,21 @@ def printing() -> Iterator[None]:
 
 
 def result(
-    trace: Trace, metrics: Metrics, text: str | None = None, stages: Sequence[StageSummary] = ()
+    trace: Trace,
+    metrics: Metrics,
+    text: str | None = None,
+    stages: Sequence[StageSummary] = (),
+    bound: "Bound | None" = None,
 ) -> dict[str, Any]:
-    """The object that ``--json`` prints; ``text`` only for real runs, ``stages`` only for simulated ones."""
+    """The object that ``--json`` prints; ``text`` only for real runs, ``stages``, ``bound`` only for simulated ones."""
     shown: dict[str, Any] = {"policy": trace.policy, "seed": trace.seed, "tokens": list(trace.tokens)}
     if text is not None:
         shown["text"] = text
     shown["metrics"] = metrics.as_dict()
     if stages:
         shown["stages"] = [dataclasses.asdict(stage) for stage in stages]
+    if bound is not None:
+        shown["bound"] = bound.as_dict(metrics.e2e_s)
     return shown
 
 
@@ -180,14 +189,15 @@ def report(
     plot_file: Path | None,
     text: str | None = None,
     stages: Sequence[StageSummary] = (),
+    bound: "Bound | None" = None,
 ) -> None:
     """Shows the result and writes the files that were asked for; exits with status 1 unless all tokens are there."""
     metrics = compute_metrics(trace)
     with printing():
         if as_json:
-            print(json.dumps(result(trace, metrics, text, stages), allow_nan=False))
+            print(json.dumps(result(trace, metrics, text, stages, bound), allow_nan=False))
         else:
-            Console().print(metrics_table(trace, metrics))
+            Console().print(metrics_table(trace, metrics, bound))
             if stages:
                 Console().print(stages_table(stages))
     with writing(trace_file) as stream:
@@ -209,7 +219,7 @@ def plot(trace: Trace, path: Path) -> None:
         plot_timeline(trace, path)
 
 
-def metrics_table(trace: Trace, metrics: Metrics) -> Table:
+def metrics_table(trace: Trace, metrics: Metrics, bound: "Bound | None" = None) -> Table:
     """The figures for people."""
     table = Table(title=f"{trace.policy}, seed {trace.seed}: {len(trace.tokens)} tokens", show_header=False)
     table.add_column(style="bold")
@@ -225,6 +235,8 @@ def metrics_table(trace: Trace, metrics: Metrics) -> Table:
         times = " / ".join(f"{1e3 * value:.1f}" for value in (itl.mean, itl.p50, itl.p95, itl.p99))
         table.add_row("gap between tokens, mean / p50 / p95 / p99", f"{times} ms")
     add("end to end", metrics.e2e_s, ".3f", " s")
+    if bound is not None and metrics.e2e_s:
+        table.add_row("of what is possible", f"{bound.fraction(metrics.e2e_s):.0%} of the clairvoyant bound")
     add("acceptance rate", metrics.acceptance_rate, ".1%")
     table.add_row("stage utilization", " ".join(f"{value:.0%}" for value in metrics.stage_utilization))
     add("bubbles", metrics.bubble_fraction, ".1%")

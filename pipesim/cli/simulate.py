@@ -41,13 +41,15 @@ def simulate_command(
 
     Example: pipesim simulate scenarios/demo.yaml --set policy.name=speculative --set policy.max_nodes=6 --plot out.png
     """
+    from pipesim.simulation.bound import clairvoyant_bound
     from pipesim.simulation.pipeline import simulate  # other commands need not wait for it to load
 
     loaded = load(scenario, overrides, seed)
     check_outputs(trace, events, plot=plot)
     with writing(events) as stream:
         outcome = simulate(loaded, stream)
-    report(outcome, as_json=as_json, trace_file=trace, plot_file=plot, stages=loaded.stage_summaries())
+    stages, bound = loaded.stage_summaries(), clairvoyant_bound(loaded)
+    report(outcome, as_json=as_json, trace_file=trace, plot_file=plot, stages=stages, bound=bound)
 
 
 @app.command("replay")

@@ -170,9 +170,9 @@ class Scenario(Section):
         """What each stage is, for reports."""
         return tuple(summarize(plan, self.kv_cells(), self._middle()) for plan in self.stages())
 
-    def drafter(self) -> DraftPlan:
-        """The drafter's times, given or from its model."""
-        branches = self.policy.build().limits.branches
+    def drafter(self, branches: int | None = None) -> DraftPlan:
+        """The drafter's times, given or from its model; for trees of ``branches``, None: of as many as the policy's."""
+        branches = branches or self.policy.build().limits.branches
         return draft_plan(self.cluster.drafter, self.workload.prompt_length, self._middle(), branches)
 
     def kv_cells(self) -> int:

@@ -37,6 +37,8 @@ class Truth(Protocol):
 
     prompt: tuple[int, ...]
     stop_tokens: tuple[int, ...]
+    depths: int
+    """From this depth on candidates are the same."""
 
     def next(self, position: int, previous: int) -> int:
         """The token that the target puts at ``position`` after ``previous``."""
@@ -63,6 +65,7 @@ class DrawnTruth:
 
     def __init__(self, acceptance: DrawnAcceptance, seed: int, prompt_tokens: int, vocabulary: int) -> None:
         self._settings = acceptance
+        self.depths = len(acceptance.rates) if isinstance(acceptance, PerDepthAcceptance) else 1
         self._rates = _rates(acceptance, seed)
         self._vocabulary = vocabulary
         self._target = mix(seed & _MASK ^ _TARGET)
@@ -167,7 +170,7 @@ class RecordedTruth:
     """
 
     def __init__(self, trace: AcceptanceTrace) -> None:
-        self.prompt, self.stop_tokens = trace.prompt_tokens, trace.stop_tokens
+        self.prompt, self.stop_tokens, self.depths = trace.prompt_tokens, trace.stop_tokens, 1
         self.length = len(trace.tokens)
         """Tokens after the prompt."""
         self.stopped = trace.tokens[-1:] != () and trace.tokens[-1] in trace.stop_tokens

@@ -9,13 +9,15 @@ below keeps that. docs/bound.md derives the same at more leisure.
 has drafted it, ``K(p)`` when the head knows it, ``S(p)`` when the row that carries it leaves the head. With ``T`` the
 time of a one-row run through all links and stages, and ``o`` the head's overhead for each event:
 
-    D(p)   = level + min(D(p-1), K(p-1) + way to the drafter)   if the right token is among the candidates; else never
+    D(p)   = level + min(D(p-1), K(p-1) + way to the drafter)    if the right token is among the candidates, else never
     K(p)   = min(E(p), D(p) + way back + o)
     S(p)   = max(S(p-1), K(p))                                   a row needs its ancestors' KV cells: rows go in order
     E(p+1) = max(E(p), S(p) + T(p) + o)
 
 The drafter may begin with the prompt and may tell each level at once; any candidate counts, however wide the tree.
-``T`` counts the KV operation that clears stale cells only where the drafter misses: such a token starts a new root.
+Where it is right only up to some depth ahead of the committed text, the text must have come so near: ``E(p - depth)``
+and the way to the drafter. Where it misses, the token starts a new root: its run begins with the KV operation that
+clears stale cells, and holds no row before it, so that ``T`` is that of the context at the latest miss.
 
 **Capacity, at every resource** (stage, link, shared device with its cores). Each text row passes each once, so rows
 ``q..p`` leave it no earlier than row ``q`` can come plus the work of all of them, spread over its cores. The work of a
@@ -28,20 +30,19 @@ way before it, hence with ``I`` a lone row's time inside the resource and ``w`` 
 **Prefill** is the cluster's, not a policy's: chunks and window are as the scenario says, and a max-plus recurrence
 over them gives the first token exactly where no device is shared. Its end is where each ``H`` begins.
 
-Costs are asked for through ``CostModel.seconds`` alone: they must not fall, and be convex, in the cells attended to,
-and not fall beyond as many rows as the text has. Kept out, so that the bound only gets lower: who else waits for a
-shared core or for the head, the bytes of wrong tokens, KV capacity.
+Costs are asked for through ``CostModel.seconds`` alone: for a number of rows they must be linear in the context and
+never fall, and not fall beyond as many rows as the text has. Kept out, so that the bound only gets lower: who else
+waits for a shared core or for the head, the bytes of wrong tokens, KV capacity, a dearer level for a wider tree.
 """
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import floor, inf
 
 from pipesim.scenario import Link, Scenario, StagePlan
 from pipesim.scheduling.runs import RunKind
 from pipesim.simulation.acceptance import Truth, make_truth
-from pipesim.simulation.costs import make_cost_model
 from pipesim.simulation.links import HEADER_BYTES, KV_OPERATION_BYTES, ROW_BYTES, TOKEN_BYTES, draft_bytes
 
 _ROWS_PROBED = 512  # batches of at least so many rows are asked for their share, even for shorter texts
@@ -64,6 +65,14 @@ class Bound:
         elapsed = self.emissions_s[-1] - self.emissions_s[0]
         return (len(self.emissions_s) - 1) / elapsed if elapsed > 0 else None
 
+    def as_dict(self, e2e_s: float | None) -> dict[str, float | None]:
+        """What ``--json`` shows beside the figures of a generation that took ``e2e_s`` seconds."""
+        return {
+            "e2e_s": self.e2e_s,
+            "tokens_per_second": self.tokens_per_second,
+            "fraction": None if e2e_s is None else self.fraction(e2e_s),
+        }
+
     def fraction(self, e2e_s: float) -> float:
         """How much of the possible speed a generation reached that took ``e2e_s`` seconds, at most 1."""
         return self.e2e_s / e2e_s
@@ -78,28 +87,35 @@ def clairvoyant_bound(scenario: Scenario, truth: Truth | None = None) -> Bound:
         BadInputError: the scenario cannot be simulated.
     """
     truth = truth or make_truth(scenario)
-    right = _right_drafts(truth, scenario.workload.max_new_tokens)
-    prompt = len(truth.prompt)
-    pipeline, drafter = _Pipeline(scenario, prompt, len(right)), _Drafter(scenario, prompt)
+    reaches, root = _reaches(truth, scenario.workload.max_new_tokens), len(truth.prompt)
+    pipeline, drafter = _Pipeline(scenario, root, len(reaches)), _Drafter(scenario, root)
     submitted, emitted = pipeline.prefill()
     emissions = [emitted]
-    for position, drafted in enumerate(right[:-1], start=prompt):
-        submitted = max(submitted, drafter.know(drafted, emitted))
-        emitted = max(emitted, pipeline.home(position, submitted, drafted) + pipeline.overhead)
-        emissions.append(emitted)
+    for position, reach in enumerate(reaches[:-1], start=root):
+        submitted = max(submitted, drafter.know(reach, emissions))
+        root = root if reach else position
+        home = pipeline.home(submitted, position, root, missed=not reach)
+        emissions.append(max(emissions[-1], home + pipeline.overhead))
     return Bound(tuple(time / 1e9 for time in emissions))
 
 
-def _right_drafts(truth: Truth, max_new_tokens: int) -> list[bool]:
-    """For each token that is generated, whether the drafter can offer it."""
-    right, previous, prompt = [], truth.prompt[-1], len(truth.prompt)
+def _reaches(truth: Truth, max_new_tokens: int) -> list[float]:
+    """For each generated token, the furthest that it can be ahead of committed text and the drafter offers it.
+
+    0: never, infinite: at any depth.
+    """
+    reaches, previous, prompt = [], truth.prompt[-1], len(truth.prompt)
     for position in range(prompt, prompt + max_new_tokens):
-        token = truth.next(position, previous)
-        right.append(any(token == candidate for candidate, _ in truth.candidates(position, previous)))
+        token, reach = truth.next(position, previous), 0
+        for depth in range(truth.depths, 0, -1):
+            if any(token == candidate for candidate, _ in truth.candidates(position, previous, depth)):
+                reach = depth
+                break
+        reaches.append(inf if reach == truth.depths else reach)
         if token in truth.stop_tokens:
             break
         previous = token
-    return right
+    return reaches
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,13 +166,12 @@ class _Stage:
     latency = 0
 
     def __init__(self, plan: StagePlan, prompt: int, tokens: int) -> None:
-        self.sort = plan.cost, plan.layers
-        self._seconds = make_cost_model(plan).seconds
+        self._seconds = plan.cost_model().seconds
         self._first = prompt + 1  # cells that the first generated row attends to
         batches = range(1, max(tokens, _ROWS_PROBED) + 1)
         self._share = min((self._decode(rows, self._first) * 1e9 - 0.5) / rows for rows in batches)
         one = self._decode(1, self._first)
-        self._beside = min(0.0, min(self._decode(rows, self._first / rows) - one for rows in batches))
+        self._beside = min(0.0, min(self._decode(rows, self._first) - one for rows in batches))
         self._cell = max(0.0, min(map(self._cell_ns, (1, batches[-1] // 2, batches[-1]))))
         self.constant = self._decode(1, prompt + tokens) == one
 
@@ -164,7 +179,7 @@ class _Stage:
         return self._seconds(RunKind.CANONICAL, rows, context)
 
     def _cell_ns(self, rows: int) -> float:
-        """What each row pays for another cell where the text begins; further on it pays as much or more."""
+        """What each of so many rows pays for another cell of context."""
         step = self._decode(rows, self._first + 1) - self._decode(rows, self._first)
         return (1 - 1e-9) * step * 1e9 / rows
 
@@ -173,7 +188,7 @@ class _Stage:
         return max(1, round(self._seconds(RunKind.PREFILL, rows, context) * 1e9))
 
     def alone(self, position: int) -> int:
-        """Time of a run with a row at ``position``: alone, or beside others if a table says that this is faster."""
+        """Time of a run of rows from ``position`` on: of one, or of more if a table says that this is faster."""
         return max(1, round((self._decode(1, position + 1) + self._beside) * 1e9))
 
     def share(self, position: int) -> int:
@@ -185,21 +200,26 @@ class _Drafter:
     """``D`` and ``K``, position by position."""
 
     def __init__(self, scenario: Scenario, prompt: int) -> None:
-        cluster = scenario.cluster
+        cluster, plan = scenario.cluster, scenario.drafter(branches=1)
         wire = _Wire.of(cluster.links.draft.over(cluster.links), TOKEN_BYTES)
-        self._level = round(cluster.drafter.level_ms * 1e6)
+        self._level = round(plan.level_ms * 1e6)
         self._there = wire.crossed(HEADER_BYTES + TOKEN_BYTES)
         self._back = wire.crossed(draft_bytes(1)) + round(cluster.head.overhead_ms * 1e6)
-        setup = round(cluster.drafter.prefill_per_token_ms * 1e6 * prompt)
+        setup = round(plan.prefill_per_token_ms * 1e6 * prompt)
         self._ready = wire.crossed(HEADER_BYTES + TOKEN_BYTES * prompt) + setup  # it has the prompt
         self._drafted: float = inf
         self._known = 0
 
-    def know(self, right: bool, emitted: int) -> int:
-        """When the head knows the next token. ``right``: the drafter can offer it; ``emitted``: the target has."""
+    def know(self, reach: float, emissions: Sequence[int]) -> int:
+        """When the head knows the next token.
+
+        ``reach``: how far ahead of committed text the drafter gets it right; ``emissions``: of all tokens up to it.
+        """
         told = max(self._known + self._there, self._ready)
-        self._drafted = min(self._drafted, told) + self._level if right else inf
-        self._known = int(min(emitted, self._drafted + self._back))
+        self._drafted = min(self._drafted, told) + self._level if reach else inf
+        if reach < len(emissions):  # not before the text has come so near
+            self._drafted = max(self._drafted, emissions[-1 - int(reach)] + self._there + self._level)
+        self._known = int(min(emissions[-1], self._drafted + self._back))
         return self._known
 
 
@@ -217,9 +237,9 @@ class _Resource:
         self.done = 0  # ``H``; during prefill, when the resource itself is done
         self.inside = self.share = 0
 
-    def weigh(self, position: int) -> None:
+    def weigh(self, position: int, root: int) -> None:
         """Sets ``I`` and ``w`` for a row."""
-        self.inside = self._latency + _alone(self._inside, position)
+        self.inside = self._latency + _alone(self._inside, root)
         self.share = sum(count * element.share(position) for element, count in self._own.items()) // self.cores
 
 
@@ -235,14 +255,16 @@ class _Pipeline:
         self.overhead = round(cluster.head.overhead_ms * 1e6)
         self._prompt, self._chunk, self._window = prompt, cluster.prefill_chunk, cluster.prefill_window
         activations = scenario.model.hidden * scenario.model.activation_bytes
+        sorts: list[StagePlan] = []
         stages: list[_Stage] = []
         self._way: list[_Wire | _Stage] = []
         for number, plan in enumerate(plans):
-            stage = next((one for one in stages if one.sort == (plan.cost, plan.layers)), None)
-            if stage is None:
-                stages.append(stage := _Stage(plan, prompt, tokens))
+            same = replace(plan, name="", device=None, first_layer=min(plan.first_layer, 1))  # the first one embeds
+            if same not in sorts:
+                sorts.append(same)
+                stages.append(_Stage(plan, prompt, tokens))
             carried = activations if number else TOKEN_BYTES
-            self._way += [_Wire.of(hops[number], ROW_BYTES + carried), stage]
+            self._way += [_Wire.of(hops[number], ROW_BYTES + carried), stages[sorts.index(same)]]
         self._way.append(_Wire.of(hops[-1], TOKEN_BYTES, outputs_only=True))
         self._constant = all(stage.constant for stage in stages)
         self._elements = Counter(self._way)
@@ -292,19 +314,19 @@ class _Pipeline:
             same = sorts.setdefault(resource.sort, resource)
             same.done = max(same.done, resource.done + after[resource.last])
         self._resources = list(sorts.values())
-        self._weigh(self._prompt)
+        self._weigh(self._prompt, self._prompt)
 
-    def _weigh(self, position: int) -> None:
-        self._time = self._latency + _alone(self._elements, position)
+    def _weigh(self, position: int, root: int) -> None:
+        self._time = self._latency + _alone(self._elements, root)
         for resource in self._resources:
-            resource.weigh(position)
+            resource.weigh(position, root)
 
-    def home(self, position: int, submitted: int, drafted: bool) -> int:
-        """When the row at ``position`` is home, if it leaves the head at ``submitted``."""
+    def home(self, submitted: int, position: int, root: int, missed: bool) -> int:
+        """When the row at ``position`` is home; its run, ``submitted`` then, has no rows before ``root``."""
         if not self._constant:
-            self._weigh(position)
+            self._weigh(position, root)
         home = submitted + self._time
-        times = [home if drafted else home + self._operation]
+        times = [home + self._operation if missed else home]
         for resource in self._resources:
             resource.done = max(resource.done, home - resource.inside) + resource.share
             times.append(resource.done)

@@ -29,7 +29,7 @@ def test_json_is_one_object_with_the_fixed_keys_and_nothing_else_on_stdout() -> 
     assert result.exit_code == 0, result.stderr
     assert result.stdout.count("\n") == 1
     printed = json.loads(result.stdout)
-    assert list(printed) == ["policy", "seed", "tokens", "metrics", "stages"]
+    assert list(printed) == ["policy", "seed", "tokens", "metrics", "stages", "bound"]
     assert (printed["policy"], printed["seed"], len(printed["tokens"])) == ("pipeinfer", 5, 6)
     metrics = printed["metrics"]
     assert list(metrics) == [
@@ -49,6 +49,10 @@ def test_json_is_one_object_with_the_fixed_keys_and_nothing_else_on_stdout() -> 
     assert list(metrics["itl_s"]) == ["mean", "p50", "p95", "p99"]
     assert list(metrics["runs"]) == ["submitted", "accepted", "rejected", "cancelled", "drained"]
     assert len(metrics["stage_utilization"]) == 4
+    bound = printed["bound"]
+    assert list(bound) == ["e2e_s", "tokens_per_second", "fraction"]
+    assert bound["fraction"] == bound["e2e_s"] / metrics["e2e_s"] < 1
+    assert bound["tokens_per_second"] > metrics["tokens_per_second"]
 
 
 def test_each_stage_is_reported_with_its_micro_batch_cost_slope() -> None:
@@ -85,6 +89,7 @@ def test_without_json_people_get_a_table() -> None:
     assert result.exit_code == 0
     assert "autoregressive, seed 1: 6 tokens" in result.stdout
     assert "tokens/s" in result.stdout
+    assert "% of the clairvoyant bound" in result.stdout
 
 
 def test_files_that_were_asked_for_are_written(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """No policy beats the clairvoyant bound, and the bound is reached where theory says so."""
 
+import json
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scenario_builder import PLAIN, build
 
+from pipesim.acceptance_trace import FORMAT, AcceptanceTrace
 from pipesim.metrics import compute_metrics
 from pipesim.scenario import Scenario
 from pipesim.scenario_file import build_scenario
@@ -20,6 +22,7 @@ from pipesim.trace import Trace
 
 DEVICES = (None, None, "a", "b")
 NO_LINKS = "cluster.links={}"
+SHAPE = {"name": "toy", "layers": 12, "hidden": 64, "heads": 4, "kv_heads": 2, "intermediate": 64, "vocabulary": 50}
 CERTAIN = "acceptance={kind: iid, rate: 1, confidence_right: 1, confidence_spread: 0}"
 
 
@@ -33,13 +36,35 @@ def assert_bounded(trace: Trace, times: Sequence[float]) -> None:
     assert not early, f"token {early[0]} came at {seen[early[0]]} s, the bound says {times[early[0]]} s"
 
 
+def recorded(text: list[int], candidates: list[Sequence[Candidate]], stop: int = 0) -> RecordedTruth:
+    return RecordedTruth(
+        AcceptanceTrace(
+            format=FORMAT,
+            prompt_tokens=(1, 2, 3),
+            tokens=tuple(text),
+            stop_tokens=(stop,),
+            candidates=tuple(map(tuple, candidates)),
+        )
+    )
+
+
 milliseconds = st.one_of(st.just(0.0), st.floats(0.001, 30))
 bandwidths = st.sampled_from([None, 0.001, 0.05, 1.0, 100.0])
 own_links = st.fixed_dictionaries({}, optional={"latency_ms": milliseconds, "bandwidth_gbps": bandwidths})
 
 
+roofline_costs = st.fixed_dictionaries(
+    {
+        "kind": st.just("roofline"),
+        "memory_bandwidth_gbytes_s": st.floats(0.001, 10),
+        "peak_tflops": st.sampled_from([1e-5, 1e-3, 1.0]),
+        "overhead_ms": milliseconds,
+    },
+)
+
+
 @st.composite
-def costs(draw: st.DrawFn) -> dict[str, Any]:
+def fitted_costs(draw: st.DrawFn) -> dict[str, Any]:
     shared = {
         "per": draw(st.sampled_from(["stage", "layer"])),
         "kv_us_per_kilocell": draw(st.sampled_from([0, 0, 100, 50_000])),
@@ -49,6 +74,14 @@ def costs(draw: st.DrawFn) -> dict[str, Any]:
         rows_ms = draw(st.dictionaries(st.integers(1, 20), st.floats(0.01, 20), min_size=1, max_size=4))
         return {"kind": "table", "rows_ms": rows_ms, **shared}  # measured times may well fall with more rows
     return {"kind": "linear", "constant_ms": draw(st.floats(0.01, 20)), "per_token_ms": draw(milliseconds), **shared}
+
+
+rates = st.sampled_from([0, 0.5, 0.9, 1])
+acceptances = st.one_of(
+    st.fixed_dictionaries({"kind": st.just("iid"), "rate": rates}),
+    st.fixed_dictionaries({"kind": st.just("per_depth"), "rates": st.lists(rates, min_size=1, max_size=4)}),
+    st.fixed_dictionaries({"kind": st.just("markov"), "good_rate": rates, "bad_rate": rates}),
+)
 
 
 @st.composite
@@ -75,7 +108,11 @@ def scenarios(draw: st.DrawFn) -> Scenario:
     """Clusters of all sorts: slow and fast drafters, links and heads, shared devices, falling tables."""
     device = st.sampled_from(DEVICES)
     stages = [
-        {"cost": draw(costs()), "device": draw(device), "repeat": draw(st.integers(1, 3))}
+        {
+            "cost": draw(st.one_of(fitted_costs(), fitted_costs(), roofline_costs)),
+            "device": draw(device),
+            "repeat": draw(st.integers(1, 3)),
+        }
         for _ in range(draw(st.integers(1, 3)))
     ]
     cluster: dict[str, Any] = {
@@ -101,15 +138,11 @@ def scenarios(draw: st.DrawFn) -> Scenario:
     return build_scenario(
         {
             **PLAIN,
-            "model": {"name": "toy", "layers": 12, "hidden": draw(st.sampled_from([4, 4096])), "vocabulary": 50},
+            "model": {**SHAPE, "hidden": draw(st.sampled_from([4, 4096]))},
             "cluster": cluster,
             "workload": {"prompt_tokens": draw(st.integers(1, 40)), "max_new_tokens": draw(st.integers(1, 30))},
             "policy": draw(policies()),
-            "acceptance": {
-                "kind": "iid",
-                "rate": draw(st.sampled_from([0, 0.5, 0.9, 1])),
-                "runner_up": draw(st.sampled_from([0, 0.5, 1])),
-            },
+            "acceptance": {**draw(acceptances), "runner_up": draw(st.sampled_from([0, 0.5, 1]))},
             "seed": draw(st.integers(0, 99)),
         }
     )
@@ -130,7 +163,7 @@ def test_no_policy_shows_any_token_earlier(scenario: Scenario) -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(scenarios(), st.data())
-def test_no_policy_shows_any_token_earlier_whatever_the_recorded_truth(scenario: Scenario, data: st.DataObject) -> None:
+def test_no_policy_is_earlier_whatever_the_recorded_truth(scenario: Scenario, data: st.DataObject) -> None:
     """A truth of bursts, with one candidate, two or none, that may end the text with a stop token."""
     count = scenario.workload.max_new_tokens
     text = data.draw(st.lists(st.integers(1, 40), min_size=count, max_size=count))
@@ -138,8 +171,7 @@ def test_no_policy_shows_any_token_earlier_whatever_the_recorded_truth(scenario:
     for token in text:
         others = [(41, 0.9), (token, 0.9)], [(token, 0.9), (41, 0.9)], [(token, 0.5)], [(41, 0.9)], []
         ranked.append(data.draw(st.sampled_from(others)))
-    stop = (data.draw(st.integers(1, 40)),)
-    truth = RecordedTruth([1, 2, 3], text, ranked, stop_tokens=stop)
+    truth = recorded(text, ranked, stop=data.draw(st.integers(1, 40)))
     trace = Simulation(scenario, truth=truth).run()
     assert_bounded(trace, clairvoyant_bound(scenario, truth).emissions_s)
 
@@ -152,6 +184,10 @@ def test_no_policy_shows_any_token_earlier_whatever_the_recorded_truth(scenario:
         ["cluster.stages.0.cost={kind: linear, constant_ms: 3, per_token_ms: 1, kv_us_per_kilocell: 9000}"],
         ["cluster.stages.0.cost={kind: table, rows_ms: {1: 4, 8: 5}}", "cluster.links.bandwidth_gbps=0.01"],
         ["cluster.stages.0.repeat=1", NO_LINKS],
+        [
+            f"model={json.dumps(SHAPE)}",
+            "cluster.stages.0.cost={kind: roofline, memory_bandwidth_gbytes_s: 0.01, peak_tflops: 1}",
+        ],
     ],
 )
 def test_plain_decoding_beside_a_useless_drafter_is_the_bound_exactly(sets: list[str]) -> None:
@@ -204,10 +240,10 @@ def test_stages_that_share_a_core_share_its_time() -> None:
 
 def test_a_miss_costs_a_whole_traversal_and_the_policy_plays_no_part() -> None:
     """Right, right, wrong, ...: what lies between two misses goes through the pipeline together."""
-    sets = [NO_LINKS, "cluster.drafter.level_ms=2", "workload={max_new_tokens: 61}"]
+    sets = [NO_LINKS, "cluster.drafter.level_ms=2", "workload={prompt_tokens: 3, max_new_tokens: 61}"]
     sets.append("cluster.stages.0.cost={kind: linear, constant_ms: 10}")
     ranked = [[(7 if index % 3 else 8, 0.9)] for index in range(61)]
-    truth = RecordedTruth([1], [7] * 61, ranked)
+    truth = recorded([7] * 61, ranked)
     bounds = {
         clairvoyant_bound(build(*sets, f"policy.name={policy}"), truth)
         for policy in ("pipeinfer", "autoregressive", "speculative")
@@ -240,7 +276,7 @@ def test_a_single_token_has_a_bound_but_no_speed() -> None:
 
 
 def test_it_costs_a_fraction_of_the_simulation() -> None:
-    scenario = build("cluster.stages.0.repeat=8", "workload.max_new_tokens=2000")
+    scenario = build("cluster.stages.0.repeat=8", "workload.max_new_tokens=500")
     ratios = []
     for _ in range(3):
         start = time.perf_counter()
@@ -249,3 +285,21 @@ def test_it_costs_a_fraction_of_the_simulation() -> None:
         clairvoyant_bound(scenario)
         ratios.append((time.perf_counter() - middle) / (middle - start))
     assert min(ratios) < 0.2
+
+
+def test_text_that_must_come_near_before_it_can_be_drafted_costs_time() -> None:
+    """Rates that fall with depth lie between the first one everywhere and the last one everywhere."""
+    falling, near, far = (
+        clairvoyant_bound(build(f"acceptance={{kind: per_depth, rates: {rates}}}", "workload.max_new_tokens=200")).e2e_s
+        for rates in ("[0.9, 0.9, 0.3]", "[0.9]", "[0.3]")
+    )
+    assert near * 1.1 < falling < far / 1.1
+
+
+def test_a_drafter_that_pays_for_each_branch_is_at_its_cheapest_in_the_bound() -> None:
+    shape = '{"layers": 2, "hidden": 64, "heads": 4, "kv_heads": 2, "intermediate": 64, "vocabulary": 50}'
+    cost = "{kind: roofline, memory_bandwidth_gbytes_s: 10, peak_tflops: 1.0e-4}"
+    drafter = f"cluster.drafter={{model: {shape}, cost: {cost}}}"
+    wide, narrow = (build(drafter, f"policy={{name: pipeinfer, branches: {count}}}") for count in (8, 1))
+    assert wide.drafter().level_ms > 1.5 * narrow.drafter().level_ms
+    assert clairvoyant_bound(wide) == clairvoyant_bound(narrow)
