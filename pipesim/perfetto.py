@@ -1,7 +1,7 @@
 """Writes a trace in Chrome's trace event format, which ui.perfetto.dev and chrome://tracing open.
 
-One track per stage with a slice for each run, named by its fate (Perfetto colours by name); arrows follow a run from
-stage to stage. One track for the drafter, one for the head with the tokens it showed; above them, the flight of each run
+One track per stage with a slice for each run, named by its fate (Perfetto colours by name); arrows follow a run along its
+slices. One track for the drafter, one for the head with the tokens it showed; above them, the flight of each run
 from submission to return as an asynchronous slice. Counters: runs in flight, and runs waiting for each stage.
 
 Format: "Trace Event Format", Google 2016. Times are microseconds with three decimals, so that nanoseconds stay exact.
@@ -62,7 +62,7 @@ def _slices(trace: Trace) -> Iterator[dict[str, Any]]:
 
 
 def _flights(trace: Trace) -> Iterator[dict[str, Any]]:
-    """Each run from submission to return, and the arrows along its slices, from the middle of one to that of the next."""
+    """Each run from submission to return, and the arrows along its slices, from middle to middle."""
     end = _end(trace)
     for run in trace.runs:
         name, facts = f"{run.kind} {run.run_id}", {"rows": run.rows, "useful_rows": run.useful_rows}

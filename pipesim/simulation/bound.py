@@ -81,7 +81,7 @@ class Bound:
 def clairvoyant_bound(scenario: Scenario, truth: Truth | None = None) -> Bound:
     """The bound of a scenario; its policy plays no part. Takes O(tokens * different stages) steps.
 
-    ``truth`` may replace the scenario's acceptance, as in ``Simulation``.
+    ``truth`` replaces the scenario's acceptance, as in ``simulate``.
 
     Raises:
         BadInputError: the scenario cannot be simulated.

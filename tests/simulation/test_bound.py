@@ -17,7 +17,7 @@ from pipesim.scenario_file import build_scenario
 from pipesim.scheduling.tree import Candidate
 from pipesim.simulation.acceptance import RecordedTruth
 from pipesim.simulation.bound import clairvoyant_bound
-from pipesim.simulation.pipeline import Simulation, simulate
+from pipesim.simulation.pipeline import simulate
 from pipesim.trace import Trace
 
 DEVICES = (None, None, "a", "b")
@@ -172,7 +172,7 @@ def test_no_policy_is_earlier_whatever_the_recorded_truth(scenario: Scenario, da
         others = [(41, 0.9), (token, 0.9)], [(token, 0.9), (41, 0.9)], [(token, 0.5)], [(41, 0.9)], []
         ranked.append(data.draw(st.sampled_from(others)))
     truth = recorded(text, ranked, stop=data.draw(st.integers(1, 40)))
-    trace = Simulation(scenario, truth=truth).run()
+    trace = simulate(scenario, truth=truth)
     assert_bounded(trace, clairvoyant_bound(scenario, truth).emissions_s)
 
 
