@@ -1,7 +1,7 @@
 """Writes a trace in Chrome's trace event format, which ui.perfetto.dev and chrome://tracing open.
 
-One track per stage with a slice for each run, named by its fate (Perfetto colours by name); arrows follow a run along its
-slices. One track for the drafter, one for the head with the tokens it showed; above them, the flight of each run
+One track per stage with a slice for each run, named by its fate (Perfetto colours by name); arrows follow a run along
+its slices. One track for the drafter, one for the head with the tokens it showed; above them, the flight of each run
 from submission to return as an asynchronous slice. Counters: runs in flight, and runs waiting for each stage.
 
 Format: "Trace Event Format", Google 2016. Times are microseconds with three decimals, so that nanoseconds stay exact.
