@@ -46,25 +46,35 @@ class CellTable:
 
     def apply(self, operation: KvOperation) -> None:
         """Carries out one KV operation on the metadata."""
-        stop = min(operation.stop, len(self._at))
-        for position in range(operation.start, stop):
-            if isinstance(operation, SequenceCopy):
-                for cell in self._at[position]:
-                    if self._sets[cell] >> operation.source & 1:
-                        self._sets[cell] |= operation.targets
-            else:
-                self._at[position] = [c for c in self._at[position] if self._leave(c, operation.sequences)]
+        if isinstance(operation, SequenceCopy):
+            self._copy(1 << operation.source, operation.targets, operation.start, operation.stop)
+        else:
+            self._remove(operation.sequences, operation.start, operation.stop)
         del self._shared[operation.start :]
-        while self._at and not self._at[-1]:
-            self._at.pop()
 
-    def _leave(self, cell: int, sequences: int) -> bool:
-        """Takes ``cell`` out of ``sequences``; says whether anyone still holds it."""
-        self._sets[cell] &= ~sequences
-        if self._sets[cell]:
-            return True
-        heapq.heappush(self._free, cell)
-        return False
+    def _copy(self, source: int, targets: int, start: int, stop: int) -> None:
+        sets = self._sets
+        for cells in self._at[start:stop]:
+            for cell in cells:
+                if sets[cell] & source:
+                    sets[cell] |= targets
+
+    def _remove(self, sequences: int, start: int, stop: int) -> None:
+        sets, at = self._sets, self._at
+        for cells in at[start:stop]:
+            freed = []
+            for cell in cells:
+                held_by = sets[cell]
+                if held_by & sequences:
+                    sets[cell] = held_by = held_by & ~sequences
+                    if not held_by:
+                        freed.append(cell)
+            for cell in freed:
+                cells.remove(cell)
+                heapq.heappush(self._free, cell)
+        while at and not at[-1]:
+            at.pop()
+
 
     def allocate(self, positions: Sequence[int], sequences: Sequence[int]) -> list[int]:
         """Takes the lowest free cell for each row.
@@ -74,15 +84,16 @@ class CellTable:
         """
         if len(positions) > self.free:
             raise KvCapacityError(f"{len(positions)} KV cells needed, {self.free} of {self.total} free: raise kv_cells")
+        sets, at, free, everyone = self._sets, self._at, self._free, self.everyone
         taken = []
         for position, held_by in zip(positions, sequences, strict=True):
-            if not held_by or held_by & ~self.everyone:
+            if not 0 < held_by <= everyone:
                 raise InvariantError(f"sequence set {held_by:#x} at position {position} is empty or has unknown ids")
-            cell = heapq.heappop(self._free)
-            self._sets[cell] = held_by
-            while len(self._at) <= position:
-                self._at.append([])
-            self._at[position].append(cell)
+            cell = heapq.heappop(free)
+            sets[cell] = held_by
+            while len(at) <= position:
+                at.append([])
+            at[position].append(cell)
             taken.append(cell)
         return taken
 
@@ -119,10 +130,8 @@ class CellTable:
 
     def release_all(self) -> None:
         """Ends the session: every cell leaves every sequence."""
-        for position in range(len(self._at)):
-            for cell in self._at[position]:
-                self._leave(cell, self.everyone)
-        self._at, self._shared = [], []
+        self._remove(self.everyone, 0, len(self._at))
+        self._shared = []
 
     def check(self) -> None:
         """Verifies I5: every cell is either free or held by someone at exactly one position."""

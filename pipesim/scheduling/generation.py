@@ -73,6 +73,7 @@ class Generation:
 
     def new_root(self) -> None:
         """Resets what is counted since the last commit; a draft whose context died is abandoned."""
+        self._contradicted = True
         self.micro_batches = 0
         self.empty_drafts = 0
         self.refused = 0.0
@@ -115,13 +116,11 @@ class Generation:
         """
         self._check_tree(tip, tree)
         last = self.limit - 2  # the token after this one ends the text: nothing drafted later can matter
-        nodes: list[Node] = []
-        node_of: dict[int, Node] = {-1: tip}
-        for index, (token, parent) in enumerate(zip(tree.tokens, tree.parents, strict=True)):
-            above = node_of.get(parent)
-            if above is not None and above.position < last:
-                node_of[index] = above.add_child(token)
-                nodes.append(node_of[index])
+        grown: list[Node | None] = []  # None: beyond that position
+        for token, parent in zip(tree.tokens, tree.parents, strict=True):
+            above = tip if parent < 0 else grown[parent]
+            grown.append(above.add_child(token) if above is not None and above.position < last else None)
+        nodes = [node for node in grown if node is not None]
         if not nodes:
             self.empty_drafts += 1
             self.refused = tree.refused
@@ -144,7 +143,8 @@ class Generation:
         )
         run.useful_rows = int(with_root)
         for row, node in enumerate(nodes):
-            node.attach(run, row)
+            node.run, node.row = run, row
+        run.live_nodes = len(nodes)
         self.micro_batches += 1
         return True
 
@@ -166,6 +166,9 @@ class Generation:
 
     def cancel_dead_runs(self) -> None:
         """Calls off every speculative run in flight of which no branch agrees with the text any more."""
+        if not self._contradicted:
+            return  # only a commit makes runs die
+        self._contradicted = False
         dead = [
             run
             for run in self.in_flight
@@ -232,11 +235,14 @@ class Generation:
         for node in reversed(nodes):
             if node is self.root:
                 continue
-            if not node.children:
+            if node.first_child is None:
                 node.sequences = 1 << self.partitions.sequence(partition, branch)
                 branch += 1
-            for child in node.children.values():
-                node.sequences |= child.sequences
+            elif len(node.children) == 1:
+                node.sequences = node.first_child.sequences
+            else:
+                for child in node.children.values():
+                    node.sequences |= child.sequences
 
     def _submit(
         self,

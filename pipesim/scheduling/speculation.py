@@ -5,7 +5,7 @@ every other child dies with its whole subtree. A run lives while any of its node
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from pipesim.errors import InvariantError
 from pipesim.scheduling.runs import Run
@@ -28,18 +28,21 @@ class InFlightRun:
         return self.run.run_id
 
 
-@dataclass(eq=False, slots=True)
 class Node:
     """One token of the trie. ``run`` is None until a submitted run carries it in row ``row``."""
 
-    token: int
-    position: int
-    parent: "Node | None" = None
-    run: InFlightRun | None = None
-    row: int = 0
-    sequences: int = 0
-    alive: bool = True
-    children: "dict[int, Node]" = field(default_factory=dict)
+    __slots__ = ("alive", "children", "first_child", "parent", "position", "row", "run", "sequences", "token")
+
+    def __init__(self, token: int, position: int, parent: "Node | None" = None) -> None:
+        self.token = token
+        self.position = position
+        self.parent = parent
+        self.run: InFlightRun | None = None
+        self.row = 0
+        self.sequences = 0
+        self.alive = True
+        self.children: dict[int, Node] = {}
+        self.first_child: Node | None = None
 
     def attach(self, run: InFlightRun, row: int) -> None:
         """Says that row ``row`` of ``run`` computes this node."""
@@ -50,8 +53,9 @@ class Node:
         """Hangs a new node under this one. Raises InvariantError if that token hangs there already."""
         if token in self.children:
             raise InvariantError(f"token {token} was drafted twice at position {self.position + 1}")
-        child = Node(token, self.position + 1, parent=self)
-        self.children[token] = child
+        child = self.children[token] = Node(token, self.position + 1, self)
+        if self.first_child is None:
+            self.first_child = child
         return child
 
     def subtree(self) -> "Iterator[Node]":
@@ -65,18 +69,18 @@ class Node:
     def first_leaf(self) -> "Node":
         """The end of branch 0: follows first children as long as there are any."""
         node = self
-        while node.children:
-            node = next(iter(node.children.values()))
+        while node.first_child is not None:
+            node = node.first_child
         return node
 
     def path(self) -> tuple[int, ...]:
         """Tokens below the trie's root down to this node."""
         tokens: list[int] = []
         node = self
-        while node.parent is not None:
+        while (parent := node.parent) is not None:
             tokens.append(node.token)
-            node = node.parent
-        return tuple(reversed(tokens))
+            node = parent
+        return tuple(tokens[::-1])
 
 
 def advance(root: Node, token: int) -> Node:

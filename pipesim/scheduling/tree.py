@@ -7,6 +7,9 @@ Candidate = tuple[int, float]
 """A token and the drafter's confidence in it, 0 to 1."""
 
 
+_CHAIN = tuple(range(-1, 64))
+"""The parents of a tree of one branch, and of a long one's beginning: nothing can be wrong with it."""
+
 Detour = tuple[int, int, tuple[Candidate, ...]]
 """What a drafter proposes off the text: a position, the wrong token before it, and the candidates there."""
 
@@ -28,6 +31,8 @@ class DraftTree:
     def __post_init__(self) -> None:
         if not len(self.tokens) == len(self.parents) == len(self.confidences):
             raise ValueError("a draft tree needs one parent and one confidence per token")
+        if self.parents == _CHAIN[: len(self.parents)]:
+            return
         if any(not -1 <= parent < i for i, parent in enumerate(self.parents)):
             raise ValueError(f"a draft tree lists parents before children, got parents {self.parents}")
         if len(set(zip(self.parents, self.tokens, strict=True))) != len(self.tokens):
@@ -36,6 +41,8 @@ class DraftTree:
     @property
     def leaves(self) -> int:
         """How many branches the tree ends in."""
+        if self.parents == _CHAIN[: len(self.parents)]:
+            return min(1, len(self.parents))
         return len(self.tokens) - len({parent for parent in self.parents if parent >= 0})
 
 
