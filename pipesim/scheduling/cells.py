@@ -75,7 +75,6 @@ class CellTable:
         while at and not at[-1]:
             at.pop()
 
-
     def allocate(self, positions: Sequence[int], sequences: Sequence[int]) -> list[int]:
         """Takes the lowest free cell for each row.
 
