@@ -8,6 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from backends.control import Planted
+from backends.drafter_server import plant
 from backends.drafting.base import WIDTH, Drafter
 from backends.drafting.layer_skip import LayerSkipDrafter, default_skipped
 from backends.drafting.model import ModelDrafter
@@ -18,8 +20,10 @@ from backends.models.stage_model import StageModel
 from backends.reference import generate_in_one_process
 from backends.sampling import Sampling
 from pipesim.errors import BadInputError, InvariantError
+from pipesim.scenario import IidAcceptance, MarkovAcceptance
 from pipesim.scheduling.commands import RequestDraft
 from pipesim.scheduling.tree import Candidate, DraftTree, grow_tree
+from pipesim.simulation.acceptance import DrawnTruth
 
 
 def request(
@@ -88,6 +92,27 @@ def test_planted_text_is_right_as_often_as_drawn_whatever_the_order_of_asking() 
     backward = [drafter.candidates_after(known[: i - 2], (0, 0))[0][0] for i in range(3999, 1, -1)]
     assert backward[::-1] == forward[2:]
     assert drafter.candidates_after(known, ()) == []
+
+
+@pytest.mark.parametrize(
+    "acceptance",
+    [
+        IidAcceptance(kind="iid", rate=0.6),
+        MarkovAcceptance(kind="markov", good_rate=0.9, bad_rate=0.2, good_tokens=6, bad_tokens=4),
+    ],
+    ids=lambda one: one.kind,
+)
+def test_planted_text_is_right_where_the_simulated_one_is(acceptance: IidAcceptance | MarkovAcceptance) -> None:
+    text, seed = list(range(50, 150)), 7
+    drafter = plant(Planted(tuple(text), acceptance.model_dump()), seed, vocabulary=1000)
+    world = DrawnTruth(acceptance, seed, prompt_tokens=0, vocabulary=1000)
+    firsts = []
+    for at in range(1, 100):
+        planted = [(token == text[at], confidence) for token, confidence in drafter.candidates_after(text[:at], ())]
+        simulated = [(token == world.next(at, 0), confidence) for token, confidence in world.candidates(at, 0, depth=1)]
+        assert planted == simulated
+        firsts.append(planted[0][0])
+    assert {*firsts} == {True, False}
 
 
 def test_planted_runner_ups_differ_from_the_truth_and_from_each_other() -> None:

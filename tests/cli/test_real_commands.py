@@ -17,8 +17,12 @@ import pytest
 import yaml
 from pipelines import LAYERS
 
+from pipesim.acceptance_trace import read_acceptance_trace
 from pipesim.errors import BadInputError
 from pipesim.executors import find_executor
+from pipesim.metrics import compute_metrics
+from pipesim.scenario_file import load_scenario
+from pipesim.simulation.pipeline import simulate
 
 PROMPT = " ".join(f"w{3 + i % 7}" for i in range(30))
 POLICIES = ["autoregressive", "speculative", "pipeinfer"]
@@ -78,13 +82,18 @@ def test_the_text_is_the_same_whatever_the_policy_and_the_cluster(tiny_folder: P
 
 def test_text_goes_to_stdout_and_files_are_written(tiny_folder: Path, tmp_path: Path) -> None:
     events, trace = tmp_path / "events.jsonl", tmp_path / "trace.json"
-    done = generate(tiny_folder, "--max-new-tokens", 12, "--events", events, "--trace", trace)
+    record = tmp_path / "acceptance.json"
+    files = ("--events", events, "--trace", trace, "--record-acceptance", record)
+    done = generate(tiny_folder, "--max-new-tokens", 12, *files)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.split()) == 12
     assert done.stdout.endswith("\n")
     assert not done.stderr, "figures are for terminals"
     assert pipesim("replay", events).returncode == 0
     assert json.loads(trace.read_text())["traceEvents"]
+    acceptance = read_acceptance_trace(record)
+    assert [f"w{token}" for token in acceptance.tokens] == done.stdout.split()
+    assert (acceptance.model, acceptance.drafter, len(acceptance.prompt_tokens)) == (str(tiny_folder), "ngram", 30)
 
 
 def test_the_command_line_itself_never_loads_pytorch(tiny_folder: Path) -> None:
@@ -277,6 +286,7 @@ def test_a_scenario_runs_for_real_with_the_flags_of_simulate(scenario: Path, tmp
         ("model.vocabulary=200", "model.vocabulary = 200"),
         ("model.activation_bytes=2", "model.activation_bytes = 2"),
         ("acceptance=null", "acceptance"),
+        ("acceptance={kind: per_depth, rates: [0.9]}", "kind: iid or markov"),
         ("workload.max_new_tokens=2000", "max_new_tokens = 2000"),
         ("execution.hosts=[nowhere, null]", "HOST:PORT"),
     ],
@@ -285,6 +295,43 @@ def test_a_scenario_that_does_not_fit_the_model_is_bad_input(scenario: Path, ove
     done = pipesim("execute", scenario, "--set", override)
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("drafter", "temperature", "near"),
+    [
+        # what these propose depends on the text before a position alone, and that is what the file holds: no difference
+        ("planted", 0.0, 0.0),
+        ("layer-skip", 0.9, 0.0),
+        # looks up in committed text only: the recording knows all text before each position, a draft of up to 4 tokens
+        # lacks what its own first 3 would have added
+        ("ngram", 0.0, 0.05),
+    ],
+)
+def test_a_recorded_drafter_is_accepted_in_simulation_as_it_was_for_real(
+    scenario: Path, tmp_path: Path, drafter: str, temperature: float, near: float
+) -> None:
+    """Synchronous speculation, since no decision of it depends on how long anything takes."""
+    record = tmp_path / "acceptance.json"
+    sets = [f"execution.drafter={drafter}", f"workload={{prompt: {PROMPT}, max_new_tokens: 96}}"]
+    sets += [f"workload.temperature={temperature}", "policy={name: speculative, max_nodes: 4}"]
+    flags = [flag for override in sets for flag in ("--set", override)]
+    real = as_json(pipesim("execute", scenario, "--json", "--record-acceptance", record, *flags))
+    simulated = simulate(load_scenario(scenario, [*sets, "acceptance={kind: trace, file: acceptance.json}"]))
+    assert list(simulated.tokens) == real["tokens"]
+    figures, expected = compute_metrics(simulated).as_dict(), real["metrics"]
+    assert isinstance(expected, dict)
+    assert expected["acceptance_rate"] > 0.3, "this drafter has something to be compared by"
+    assert figures["acceptance_rate"] == pytest.approx(expected["acceptance_rate"], abs=near)
+    if not near:
+        assert figures["runs"] == expected["runs"]
+
+
+def test_what_is_recorded_does_not_depend_on_the_policy(scenario: Path, tmp_path: Path) -> None:
+    for policy in ("autoregressive", "pipeinfer"):
+        done = pipesim("execute", scenario, "--set", f"policy.name={policy}", "--record-acceptance", tmp_path / policy)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "autoregressive").read_bytes() == (tmp_path / "pipeinfer").read_bytes()
 
 
 def test_compare_shows_every_metric_of_both_worlds(scenario: Path, tmp_path: Path) -> None:
