@@ -24,7 +24,7 @@ from pipesim.cli.common import (
 )
 from pipesim.event_log import replay_log
 from pipesim.hardware.tables import profile_tables
-from pipesim.scenario import json_schema
+from pipesim.scenario import MarkovAcceptance, json_schema
 
 
 @app.command("simulate")
@@ -46,6 +46,9 @@ def simulate_command(
 
     loaded = load(scenario, overrides, seed)
     check_outputs(trace, events, plot=plot)
+    if isinstance(loaded.acceptance, MarkovAcceptance):
+        share, rate = loaded.acceptance.good_share, loaded.acceptance.rate
+        diagnostic(f"in the long run {share:.1%} of positions are good, {rate:.1%} of first candidates are right")
     with writing(events) as stream:
         outcome = simulate(loaded, stream)
     stages, bound = loaded.stage_summaries(), clairvoyant_bound(loaded)

@@ -79,6 +79,12 @@ def test_profiles_are_listed_with_their_sources() -> None:
         assert part in shown
 
 
+def test_bursty_acceptance_tells_its_stationary_rate() -> None:
+    markov = "acceptance={kind: markov, good_rate: 0.9, bad_rate: 0.3, good_tokens: 10, bad_tokens: 10}"
+    told = call("simulate", DEMO, *SHORT, "--json", "--set", markov)
+    assert told.stderr == "in the long run 50.0% of positions are good, 60.0% of first candidates are right\n"
+
+
 def test_same_seed_same_bytes() -> None:
     assert call("simulate", DEMO, "--json").stdout == call("simulate", DEMO, "--json", "--seed", "1").stdout
     assert call("simulate", DEMO, "--json").stdout != call("simulate", DEMO, "--json", "--seed", "2").stdout
