@@ -1,105 +1,122 @@
-"""Pictures of one generation."""
+"""Pictures of one generation.
 
+docs/figures/timeline.png, each policy at its best settings there (docs/ablation.md): ``python -m analysis.plots
+scenarios/ablation.yaml --window 0.5:1.5 -o docs/figures/timeline.png --policy autoregressive --policy "{name:
+speculative, max_nodes: 15, cutoff: 0.6, branches: 4, split: 0.2}" --policy pipeinfer``
+"""
+
+import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from enum import Enum
 from pathlib import Path
+from typing import Annotated
 
 import matplotlib
+import typer
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure, SubFigure
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from pipesim.scheduling.commands import Outcome
-from pipesim.scheduling.runs import RunKind
-from pipesim.trace import RunRecord, Trace
+from pipesim.cli.common import SetOption, WindowOption, check_outputs, parse_window
+from pipesim.scenario_file import load_scenario
+from pipesim.simulation.pipeline import simulate
+from pipesim.trace import DraftSpan, Fate, StageSpan, Trace
+
+Window = tuple[float, float]
+"""From when to when to draw, in seconds."""
+
+FATES: Mapping[Fate, tuple[str, str]] = {
+    Fate.PREFILL: ("prefill", "#999999"),
+    Fate.CANONICAL: ("canonical", "#0072B2"),
+    Fate.ACCEPTED: ("speculative, accepted", "#009E73"),
+    Fate.REDUNDANT: ("redundant", "#56B4E9"),
+    Fate.REJECTED: ("rejected", "#D55E00"),
+    Fate.CANCELLED: ("cancelled", "#E69F00"),
+    Fate.DRAINED: ("drained", "#CC79A7"),
+}
+"""What became of a run: label and colour (Okabe and Ito's colour-blind-safe palette)."""
+DRAFT, VAIN_DRAFT, BUBBLE = "#444444", "#AAAAAA", "#EEEEEE"
 
 _BAR = 0.78
+_COUNTED = 60  # more emissions have no room for numbers
+_RIM, _DIGIT = 0.004, 0.006  # shares of the width that a run's number needs in its bar
+_LIGHT = (Fate.PREFILL, Fate.REDUNDANT, Fate.CANCELLED)
 
 
-class Fate(Enum):
-    """What became of a run, with its colour (Okabe and Ito's colour-blind-safe palette)."""
-
-    PREFILL = ("prefill", "#999999")
-    CANONICAL = ("canonical", "#0072B2")
-    ACCEPTED = ("speculative, accepted", "#009E73")
-    REDUNDANT = ("redundant", "#56B4E9")
-    REJECTED = ("rejected", "#D55E00")
-    CANCELLED = ("cancelled", "#E69F00")
-    DRAINED = ("drained", "#CC79A7")
-
-
-_DRAFT, _VAIN_DRAFT, _BUBBLE = "#444444", "#AAAAAA", "#EEEEEE"
-
-
-def fate(run: RunRecord) -> Fate:
-    """What became of a run, as the plot tells it."""
-    if run.outcome is Outcome.REJECTED:
-        return Fate.REJECTED
-    if run.outcome is Outcome.CANCELLED:
-        return Fate.CANCELLED
-    if run.outcome is not Outcome.ACCEPTED:
-        return Fate.DRAINED
-    if run.redundant:
-        return Fate.REDUNDANT
-    return {RunKind.PREFILL: Fate.PREFILL, RunKind.CANONICAL: Fate.CANONICAL}.get(run.kind, Fate.ACCEPTED)
-
-
-def plot_timeline(trace: Trace, path: Path) -> None:
+def plot_timeline(trace: Trace, path: Path, window: Window | None = None) -> None:
     """Draws stages and drafter over time; runs are coloured by their fate, a bubble shows the row's pale ground.
 
-    Ticks on top are tokens at the user. The file's ending (png, pdf, svg) chooses the format.
+    Ticks on top are tokens at the user, with their number where there are several. The file's ending (png, pdf, svg)
+    chooses the format. ``window``: draws only this stretch; where bars are wide enough, with the numbers of runs.
 
     Raises:
         OSError: the file cannot be written.
         ValueError: matplotlib does not know the file's ending.
     """
-    _save([(trace, _title(trace))], path)
+    _save([(trace, _title(trace))], path, window)
 
 
-def plot_timelines(traces: Mapping[str, Trace], path: Path) -> None:
-    """Draws several timelines one above the other, on one scale; ``traces`` by what their titles begin with.
+def plot_timelines(traces: Mapping[str, Trace], path: Path, window: Window | None = None) -> None:
+    """Draws several timelines one above the other, on one axis; ``traces`` by what their titles begin with.
 
     Raises:
         OSError, ValueError: as :func:`plot_timeline`.
     """
-    _save([(trace, f"{name}, {_title(trace)}") for name, trace in traces.items()], path)
+    titled = []
+    for name, trace in traces.items():
+        title = _title(trace)
+        titled.append((trace, title if title.startswith(name) else f"{name}, {title}"))
+    _save(titled, path, window)
 
 
-def _save(titled: Sequence[tuple[Trace, str]], path: Path) -> None:
+def _save(titled: Sequence[tuple[Trace, str]], path: Path, window: Window | None) -> None:
     ends = [span.end_s for trace, _ in titled for span in trace.spans]
-    end = max([*ends, *(draft.end_s for trace, _ in titled for draft in trace.drafts), 1e-9])
+    ends += [draft.end_s for trace, _ in titled for draft in trace.drafts]
+    start, end = window or (0.0, 1.003 * max([*ends, 1e-9]))
+    scale, unit = (1e3, "ms") if end - start < 2.0 else (1.0, "s")
     with matplotlib.rc_context({"font.size": 8, "font.family": "sans-serif", "svg.hashsalt": "pipesim"}):
-        heights = [1.5 + 0.32 * (len(trace.stages) + 2) for trace, _ in titled]
-        figure = Figure(figsize=(10.0, sum(heights)), layout="constrained")
-        parts = figure.subfigures(len(titled), 1, squeeze=False, height_ratios=heights)[:, 0]
-        for part, (trace, title) in zip(parts, titled, strict=True):
-            _draw_timeline(part, trace, title, end)
-        figure.savefig(path, dpi=200)
+        rows = [len(trace.stages) + 1 + bool(trace.drafts) for trace, _ in titled]
+        figure = Figure(figsize=(10.0, 0.9 + sum(0.35 + 0.25 * count for count in rows)), layout="constrained")
+        parts = figure.subplots(len(titled), 1, squeeze=False, sharex=True, height_ratios=rows)[:, 0]
+        parts[0].set_xlim(start * scale, end * scale)
+        legend: dict[str, Patch | Line2D] = {}
+        for axes, (trace, title) in zip(parts, titled, strict=True):
+            legend |= _draw_timeline(axes, trace, (start, end), scale)
+            axes.set_title(title, fontsize=9, loc="left")
+        parts[-1].set_xlabel(f"time since the prompt was submitted ({unit})")
+        order = [label for label, _ in FATES.values()]
+        ranked = sorted(legend, key=lambda label: order.index(label) if label in order else len(order))
+        handles = [legend[label] for label in ranked]
+        figure.legend(handles, ranked, loc="outside lower center", ncols=-(-len(ranked) // 2), frameon=False)
+        metadata = {"Date": None} if path.suffix.lower() == ".svg" else None  # same trace, same file
+        figure.savefig(path, dpi=200, metadata=metadata)
 
 
-def _draw_timeline(figure: SubFigure, trace: Trace, title: str, end: float) -> None:
-    scale, unit = (1e3, "ms") if end < 2.0 else (1.0, "s")
-    axes = figure.add_subplot()
-    rows = ["tokens", *trace.stages, "drafter"]
+def _draw_timeline(axes: Axes, trace: Trace, window: Window, scale: float) -> dict[str, Patch | Line2D]:
+    """One row for tokens, stages and drafter each; returns what the legend has to explain."""
+    rows = ["tokens", *trace.stages, *(["drafter"] if trace.drafts else [])]
     axes.set_yticks(range(len(rows)), rows)
     axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.set_xlim(0.0, 1.003 * end * scale)
-    axes.set_xlabel(f"time since the prompt was submitted ({unit})")
     axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    _draw_tokens(axes, trace, scale)
-    shown = _draw_runs(axes, trace, scale, end)
-    drafts = _draw_drafts(axes, trace, scale, len(rows) - 1)
-    if trace.finished_s is not None:
+    legend: dict[str, Patch | Line2D] = {}
+    active = trace.finished_s if trace.finished_s is not None else window[1]
+    for stage in range(len(trace.stages)):
+        axes.broken_barh([(0.0, active * scale)], (stage + 1 - _BAR / 2, _BAR), color=BUBBLE, zorder=0, linewidth=0)
+    _draw_tokens(axes, trace, window, scale)
+    for label, colour in (_draw_runs(axes, trace, window, scale) | _draw_drafts(axes, trace, window, scale)).items():
+        legend[label] = Patch(color=colour)
+    legend["bubble"] = Patch(facecolor=BUBBLE, edgecolor="#999999", linewidth=0.5)
+    legend["tokens at the user"] = Line2D([], [], color="black", marker="|", markersize=7, linestyle="none")
+    if trace.finished_s is not None and window[0] <= trace.finished_s <= window[1]:
         axes.axvline(trace.finished_s * scale, color="black", linewidth=0.8, linestyle=":")
-    handles: list[Patch | Line2D] = [Patch(color=one.value[1], label=one.value[0]) for one in shown]
-    handles += [Patch(color=colour, label=label) for label, colour in drafts.items()]
-    handles.append(Patch(facecolor=_BUBBLE, edgecolor="#999999", linewidth=0.5, label="bubble"))
-    handles.append(Line2D([], [], color="black", linestyle=":", linewidth=0.8, label="all tokens at the user"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False)
-    axes.set_title(title, fontsize=9, loc="left")
+        legend["all tokens at the user"] = Line2D([], [], color="black", linestyle=":", linewidth=0.8)
+    return legend
+
+
+def _seen(one: StageSpan | DraftSpan, window: Window) -> bool:
+    return one.start_s < window[1] and one.end_s > window[0] and one.end_s > one.start_s
 
 
 def _title(trace: Trace) -> str:
@@ -108,38 +125,46 @@ def _title(trace: Trace) -> str:
     return f"{trace.policy}: {tokens} tokens after a prompt of {trace.prompt_tokens}{took}"
 
 
-def _draw_tokens(axes: Axes, trace: Trace, scale: float) -> None:
-    """One tick per emission, taller for more tokens at once."""
-    most = max((len(emission.tokens) for emission in trace.emissions), default=1)
-    times = [emission.time_s * scale for emission in trace.emissions]
-    tops = [0.4 - _BAR * (0.35 + 0.65 * len(emission.tokens) / most) for emission in trace.emissions]
-    axes.vlines(times, tops, 0.4, color="black", linewidth=0.7)
+def _draw_tokens(axes: Axes, trace: Trace, window: Window, scale: float) -> None:
+    """One tick per emission; several tokens at once are a bolder one with their number."""
+    shown = [emission for emission in trace.emissions if window[0] <= emission.time_s <= window[1]]
+    widths = [0.7 if len(emission.tokens) == 1 else 1.4 for emission in shown]
+    axes.vlines([emission.time_s * scale for emission in shown], -0.1, 0.4, color="black", linewidth=widths)
+    for emission in shown if len(shown) <= _COUNTED else ():
+        if len(emission.tokens) > 1:
+            text = f"{len(emission.tokens)}"
+            axes.text(emission.time_s * scale, -0.12, text, ha="center", va="bottom", fontsize=6.5)
 
 
-def _draw_runs(axes: Axes, trace: Trace, scale: float, end: float) -> list[Fate]:
-    """One bar per run and stage; returns the fates that occur."""
-    fates = {run.run_id: fate(run) for run in trace.runs}
-    active = trace.finished_s if trace.finished_s is not None else end
-    for stage in range(len(trace.stages)):
-        axes.broken_barh([(0.0, active * scale)], (stage + 1 - _BAR / 2, _BAR), color=_BUBBLE, zorder=0, linewidth=0)
+def _draw_runs(axes: Axes, trace: Trace, window: Window, scale: float) -> dict[str, str]:
+    """One bar per run and stage, with the run's number if most have room for it; returns labels and colours."""
+    fates = {run.run_id: run.fate for run in trace.runs}
+    seen = [span for span in trace.spans if _seen(span, window)]
+    digits = len(str(max((span.run_id for span in seen), default=0)))
+    room = (_RIM + _DIGIT * digits) * (window[1] - window[0])
+    numbered = statistics.median([0.0] if not seen else [span.end_s - span.start_s for span in seen]) > room
     bars: dict[tuple[int, Fate], list[tuple[float, float]]] = defaultdict(list)
-    for span in trace.spans:
-        if span.end_s > span.start_s:
-            bars[span.stage, fates[span.run_id]].append((span.start_s * scale, (span.end_s - span.start_s) * scale))
-    for (stage, one), extents in bars.items():
-        _draw_bars(axes, stage + 1, extents, one.value[1])
-    occurring = {one for _, one in bars}
-    return [one for one in Fate if one in occurring]
+    for span in seen:
+        fate = fates[span.run_id]
+        bars[span.stage, fate].append((span.start_s * scale, (span.end_s - span.start_s) * scale))
+        left, right = max(span.start_s, window[0]), min(span.end_s, window[1])
+        if numbered and right - left > room:
+            where, ink = ((left + right) / 2 * scale, span.stage + 1), "black" if fate in _LIGHT else "white"
+            axes.text(*where, str(span.run_id), ha="center", va="center", fontsize=6, color=ink)
+    for (stage, fate), extents in bars.items():
+        _draw_bars(axes, stage + 1, extents, FATES[fate][1])
+    return dict(FATES[fate] for fate in {fate for _, fate in bars})
 
 
-def _draw_drafts(axes: Axes, trace: Trace, scale: float, row: int) -> dict[str, str]:
-    """One bar per draft; returns the legend's labels and colours."""
+def _draw_drafts(axes: Axes, trace: Trace, window: Window, scale: float) -> dict[str, str]:
+    """One bar per draft; returns labels and colours."""
     shown = {}
-    for label, colour, useful in (("drafting", _DRAFT, True), ("drafting in vain", _VAIN_DRAFT, False)):
-        drafts = [draft for draft in trace.drafts if bool(draft.tokens) is useful]
+    for label, colour, useful in (("drafting", DRAFT, True), ("drafting in vain", VAIN_DRAFT, False)):
+        drafts = [draft for draft in trace.drafts if bool(draft.tokens) is useful and _seen(draft, window)]
         if drafts:
             shown[label] = colour
-            _draw_bars(axes, row, [(one.start_s * scale, (one.end_s - one.start_s) * scale) for one in drafts], colour)
+            extents = [(one.start_s * scale, (one.end_s - one.start_s) * scale) for one in drafts]
+            _draw_bars(axes, len(trace.stages) + 1, extents, colour)
     return shown
 
 
@@ -152,3 +177,33 @@ def _draw_bars(axes: Axes, row: int, extents: list[tuple[float, float]], colour:
     thin = [extent for extent in extents if extent[1] < hair]
     axes.broken_barh(wide, place, facecolor=colour, edgecolor="white", linewidth=0.25)
     axes.broken_barh(thin, place, facecolor=colour, edgecolor=colour, linewidth=0.4)
+
+
+def main(
+    scenario: Annotated[Path, typer.Argument(metavar="SCENARIO", help="Scenario file (YAML).")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="PNG, PDF or SVG.")],
+    policies: Annotated[
+        list[str], typer.Option("--policy", metavar="YAML", help="Name, or {name: .., settings}; may be repeated.")
+    ],
+    overrides: SetOption = None,
+    window: WindowOption = None,
+) -> None:
+    """Simulate a scenario under several policies and draw their timelines one above the other.
+
+    The scenario's own policy, given by its name alone, keeps its settings.
+
+    Example: python -m analysis.plots scenarios/demo.yaml --policy autoregressive --policy pipeinfer -o timeline.pdf
+    """
+    check_outputs(plot=output)
+    stretch, own = parse_window(window), load_scenario(scenario).policy.name
+    traces: dict[str, Trace] = {}
+    for policy in policies:
+        named = policy if "{" in policy else f"{{name: {policy}}}"
+        sets = [*([] if policy == own else [f"policy={named}"]), *(overrides or ())]
+        trace = simulate(load_scenario(scenario, sets))
+        traces[trace.policy if trace.policy not in traces else policy] = trace
+    plot_timelines(traces, output, stretch)
+
+
+if __name__ == "__main__":
+    typer.run(main)

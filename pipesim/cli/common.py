@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -63,6 +64,10 @@ TraceOption = Annotated[
     Path | None, typer.Option("--trace", metavar="FILE", help="Write a timeline for ui.perfetto.dev (JSON).")
 ]
 PlotOption = Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw the timeline (PNG, PDF or SVG).")]
+WindowOption = Annotated[
+    str | None,
+    typer.Option("--plot-window", "--window", metavar="FROM:TO", help="Draw only this stretch of time, in seconds."),
+]
 EventsOption = Annotated[
     Path | None, typer.Option("--events", metavar="FILE", help="Write the event log for `pipesim replay` (JSONL).")
 ]
@@ -190,6 +195,7 @@ def report(
     text: str | None = None,
     stages: Sequence[StageSummary] = (),
     bound: "Bound | None" = None,
+    window: tuple[float, float] | None = None,
 ) -> None:
     """Shows the result and writes the files that were asked for; exits with status 1 unless all tokens are there."""
     metrics = compute_metrics(trace)
@@ -204,19 +210,32 @@ def report(
         if stream:
             write_perfetto(trace, stream)
     if plot_file:
-        plot(trace, plot_file)
+        plot(trace, plot_file, window)
     if not trace.complete:
         diagnostic(f"error: the generation ended early, after {len(trace.tokens)} tokens ({trace.finish_reason})")
         raise typer.Exit(1)
 
 
-def plot(trace: Trace, path: Path) -> None:
+def parse_window(text: str | None) -> tuple[float, float] | None:
+    """The stretch of time that ``FROM:TO`` names, in seconds. Raises BadInputError."""
+    if text is None:
+        return None
+    try:
+        start, end = map(float, text.split(":"))
+    except ValueError:
+        start = end = 0.0
+    if not 0 <= start < end < math.inf:
+        raise BadInputError(f"--plot-window {text}: give two times in seconds, the earlier one first, e.g. 0.5:2")
+    return start, end
+
+
+def plot(trace: Trace, path: Path, window: tuple[float, float] | None = None) -> None:
     """Draws the timeline. Raises BadInputError for a file name that cannot be right, PipesimError if writing fails."""
     from analysis.plots import plot_timeline  # drawing libraries take a second to load
 
     check_outputs(plot=path)
     with _failures(str(path)):
-        plot_timeline(trace, path)
+        plot_timeline(trace, path, window)
 
 
 def metrics_table(trace: Trace, metrics: Metrics, bound: "Bound | None" = None) -> Table:

@@ -24,10 +24,12 @@ from pipesim.cli.common import (
     SeedOption,
     SetOption,
     TraceOption,
+    WindowOption,
     app,
     check_outputs,
     diagnostic,
     load,
+    parse_window,
     printing,
     report,
     result,
@@ -191,6 +193,7 @@ def execute_command(
     as_json: JsonOption = False,
     trace: TraceOption = None,
     plot: PlotOption = None,
+    plot_window: WindowOption = None,
     events: EventsOption = None,
     record_acceptance: RecordOption = None,
 ) -> None:
@@ -200,11 +203,11 @@ def execute_command(
 
     Example: pipesim execute scenarios/demo.yaml --set policy.name=autoregressive --plot out.png
     """
-    loaded = load(scenario, overrides, seed)
+    loaded, window = load(scenario, overrides, seed), parse_window(plot_window)
     check_outputs(trace, events, record_acceptance, plot=plot)
     executor = find_executor()
     outcome = _execute(executor, loaded, events, as_json, record_acceptance)
-    report(outcome.trace, as_json=as_json, trace_file=trace, plot_file=plot, text=outcome.text)
+    report(outcome.trace, as_json=as_json, trace_file=trace, plot_file=plot, text=outcome.text, window=window)
 
 
 @app.command("stage")

@@ -14,10 +14,12 @@ from pipesim.cli.common import (
     SeedOption,
     SetOption,
     TraceOption,
+    WindowOption,
     app,
     check_outputs,
     diagnostic,
     load,
+    parse_window,
     printing,
     report,
     writing,
@@ -35,6 +37,7 @@ def simulate_command(
     as_json: JsonOption = False,
     trace: TraceOption = None,
     plot: PlotOption = None,
+    plot_window: WindowOption = None,
     events: EventsOption = None,
 ) -> None:
     """Simulate a scenario.
@@ -44,7 +47,7 @@ def simulate_command(
     from pipesim.simulation.bound import clairvoyant_bound
     from pipesim.simulation.pipeline import simulate  # other commands need not wait for it to load
 
-    loaded = load(scenario, overrides, seed)
+    loaded, window = load(scenario, overrides, seed), parse_window(plot_window)
     check_outputs(trace, events, plot=plot)
     if isinstance(loaded.acceptance, MarkovAcceptance):
         share, rate = loaded.acceptance.good_share, loaded.acceptance.rate
@@ -52,7 +55,7 @@ def simulate_command(
     with writing(events) as stream:
         outcome = simulate(loaded, stream)
     stages, bound = loaded.stage_summaries(), clairvoyant_bound(loaded)
-    report(outcome, as_json=as_json, trace_file=trace, plot_file=plot, stages=stages, bound=bound)
+    report(outcome, as_json=as_json, trace_file=trace, plot_file=plot, stages=stages, bound=bound, window=window)
 
 
 @app.command("replay")
