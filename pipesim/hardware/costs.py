@@ -66,7 +66,7 @@ def table(seconds_by_rows: dict[int, float]) -> Callable[[int], float]:
 
 
 @dataclass(frozen=True, slots=True)
-class StagePart:
+class ModelPart:
     """What of a model a stage holds, and in which form.
 
     Attributes:
@@ -142,11 +142,11 @@ class Roofline:
       ``2 (N - 1) / N * r hidden activation_bytes / link_bandwidth + 2 (N - 1) link_latency`` each (Patarasuk and Yuan,
       JPDC 69(2), 2009; where: Megatron-LM, arXiv 1909.08053);
     * on the first stage, reading ``r`` rows of the embedding; on the last one, the LM head, a matrix like the others.
-      Of a prefill run only the last row is predicted;
+      A prefill run predicts its last row alone (real ones only where the prompt ends: this is a little dear);
     * ``overhead``.
     """
 
-    def __init__(self, part: StagePart, machine: Machine) -> None:
+    def __init__(self, part: ModelPart, machine: Machine) -> None:
         shape, devices = part.shape, machine.devices
         matrices = part.layers * (shape.layer_parameters - 2 * shape.hidden) / devices
         self._weights = matrices * part.weight_bytes / machine.bandwidth

@@ -71,12 +71,13 @@ _ORIN = (
     "16-bit derived: half of INT8"
 )
 _XEON_2017 = (
-    "Two Intel Xeon Gold 6140, derived: 2 sockets x 6 channels x DDR4-2666 x 8 bytes; 2 x 18 cores x 2.1 GHz (AVX-512 "
-    "turbo of all cores, Intel Xeon Scalable specification update) x 2 FMA units x 16 lanes x 2; 12 modules of 16 GiB"
+    "Two Intel Xeon Gold 6140 (18 cores at 2.3 GHz base, six channels of DDR4-2666), derived: 12 channels x 2666 MT/s "
+    "x 8 bytes; 36 cores x 2.3 GHz x 64 float32 operations per cycle (AVX-512, two FMA units); 12 modules of 16 GiB"
 )
 _XEON_2023 = (
-    "Two Intel Xeon Platinum 8480+, derived: 2 sockets x 8 channels x DDR5-4800 x 8 bytes; 2 x 56 cores x 2.0 GHz "
-    "(base) x 64 (AVX-512 float32), 1024 (AMX bfloat16) or 2048 (AMX int8) operations per cycle; 16 modules of 32 GiB"
+    "Two Intel Xeon Platinum 8480+ (56 cores at 2.0 GHz base, eight channels of DDR5-4800), derived: 16 channels x "
+    "4800 MT/s x 8 bytes; 112 cores x 2.0 GHz x 64 (AVX-512 float32), 1024 (AMX bfloat16) or 2048 (AMX int8) "
+    "operations per cycle; 16 modules of 32 GiB"
 )
 _M2 = "Apple M2 Ultra press release and Mac Pro page, 76 GPU cores; no faster 16-bit rate is named"
 
@@ -92,7 +93,7 @@ DEVICES: Mapping[str, DeviceProfile] = MappingProxyType(
             _device("mi250x-gcd", 1638.4, (47.85, 191.5, 191.5), 64, f"{_MI250X}, one of its two dies (GCD): the half"),
             _device("rtx-4090", 1008, (82.6, 165.2, 660.6), 24, _ADA),
             _device("jetson-agx-orin-64gb", 204.8, (5.3, 42.5, 85), 64, _ORIN),
-            _device("dual-xeon-2017", 255.9, (4.84, None, None), 192, _XEON_2017),
+            _device("dual-xeon-2017", 255.9, (5.3, None, None), 192, _XEON_2017),
             _device("dual-xeon-2023", 614.4, (14.3, 229.4, 458.8), 512, _XEON_2023),
             _device("m2-ultra", 800, (27.2, None, None), 192, _M2),
         )

@@ -1,7 +1,8 @@
 """The scenario schema: one description of model, cluster, workload and policy for simulation and real execution.
 
-Units stand in the names: ``_ms`` milliseconds, ``_us`` microseconds, ``_bytes``, ``_gbps`` 10^9 bits per second.
-Unknown keys are errors. ``pipesim.scenario_file`` reads scenarios from YAML.
+Units stand in the names: ``_ms`` milliseconds, ``_us`` microseconds, ``_bytes``, ``_gib`` 2^30 bytes, ``_gbps``
+10^9 bits per second, ``_gbytes_s`` 10^9 bytes per second, ``_tflops`` 10^12 operations per second. Unknown keys
+are errors. ``pipesim.scenario_file`` reads scenarios from YAML.
 """
 
 from pipesim.scenario.acceptance import (

@@ -1,5 +1,6 @@
 """What a run costs at a stage: the schema of cost models."""
 
+from collections.abc import Callable
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -21,17 +22,12 @@ class _Fitted(Section):
     lm_head_ms: float = Field(default=0.0, ge=0)
     """Time that the LM head adds to every run if this is the last stage, however many layers it has."""
 
-    def scale(self, layers: int) -> int:
-        """What the times are to be multiplied by."""
-        return layers if self.per == "layer" else 1
+    def unit(self, layers: int) -> float:
+        """Seconds in which a stage with so many layers does what a given time of one millisecond stands for."""
+        return 1e-3 * (layers if self.per == "layer" else 1)
 
-    def fitted(self, milliseconds: dict[int, float] | tuple[float, float], layers: int, last: bool) -> CostModel:
-        """The cost model from times by rows, or from a constant and a time per row."""
-        unit = 1e-3 * self.scale(layers)
-        if isinstance(milliseconds, dict):
-            decode = table({rows: ms * unit for rows, ms in milliseconds.items()})
-        else:
-            decode = linear(milliseconds[0] * unit, milliseconds[1] * unit)
+    def fitted(self, decode: Callable[[int], float], unit: float, last: bool) -> CostModel:
+        """The cost model around the time of a run by its rows."""
         prefill = None if self.prefill_per_token_ms is None else self.prefill_per_token_ms * unit
         extra = self.lm_head_ms * 1e-3 if last else 0.0
         return FittedCost(decode, prefill, self.kv_us_per_kilocell * 1e-6 * unit, extra)
@@ -48,7 +44,8 @@ class LinearCost(_Fitted):
 
     def model(self, layers: int, last: bool) -> CostModel:
         """The cost model of a stage with so many layers."""
-        return self.fitted((self.constant_ms, self.per_token_ms), layers, last)
+        unit = self.unit(layers)
+        return self.fitted(linear(self.constant_ms * unit, self.per_token_ms * unit), unit, last)
 
 
 class TableCost(_Fitted):
@@ -60,7 +57,8 @@ class TableCost(_Fitted):
 
     def model(self, layers: int, last: bool) -> CostModel:
         """The cost model of a stage with so many layers."""
-        return self.fitted(dict(self.rows_ms), layers, last)
+        unit = self.unit(layers)
+        return self.fitted(table({rows: ms * unit for rows, ms in self.rows_ms.items()}), unit, last)
 
 
 class AllReduce(Section):

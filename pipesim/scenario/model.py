@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from pipesim.hardware.costs import StagePart
+from pipesim.hardware.costs import ModelPart
 from pipesim.hardware.models import BITS_PER_WEIGHT, MODELS, ModelShape
 from pipesim.scenario.section import Section, find_profile
 
@@ -90,10 +90,10 @@ class ModelShapeSection(Section):
         sizes = (self.layers, self.hidden, self.heads, kv_heads, self.intermediate, self.vocabulary)
         return ModelShape(*sizes, gated=self.gated, tied=self.tied)
 
-    def part(self, layers: int, embeds: bool, predicts: bool, activation_bytes: int = 2) -> StagePart:
+    def part(self, layers: int, embeds: bool, predicts: bool, activation_bytes: int = 2) -> ModelPart:
         """What a stage with so many layers holds; only if nothing is :meth:`missing`."""
         weight_bytes = BITS_PER_WEIGHT[self.quantization] / 8
-        return StagePart(self.shape(), layers, embeds, predicts, weight_bytes, self.kv_bytes, activation_bytes)
+        return ModelPart(self.shape(), layers, embeds, predicts, weight_bytes, self.kv_bytes, activation_bytes)
 
 
 class Model(ModelShapeSection):

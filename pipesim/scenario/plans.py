@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from pipesim.hardware.costs import CostModel, Roofline, StagePart, micro_batch_slope
+from pipesim.hardware.costs import CostModel, ModelPart, Roofline, micro_batch_slope
 from pipesim.hardware.placement import place_layers
 from pipesim.scenario.cluster import Drafter, Stage
 from pipesim.scenario.costs import Cost, RooflineCost
@@ -30,7 +30,7 @@ class StagePlan:
     model: Model | None = None
     last: bool = False
 
-    def part(self) -> StagePart:
+    def part(self) -> ModelPart:
         """What of the model it holds."""
         assert self.model is not None
         return self.model.part(self.layers, self.first_layer == 0, self.last, self.model.activation_bytes)

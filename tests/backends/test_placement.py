@@ -1,12 +1,17 @@
 """Layers per stage."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
+from backends.executor import _prepare
 from backends.models.config import ModelConfig
 from backends.placement import split_layers
 from pipesim.errors import BadInputError
+from pipesim.scenario_file import load_scenario
+
+DEMO = Path(__file__).parents[2] / "scenarios" / "demo.yaml"
 
 CONFIG = ModelConfig(
     family="llama",
@@ -47,3 +52,20 @@ def test_without_a_head_to_speak_of_the_split_is_even() -> None:
 def test_more_stages_than_layers_are_bad_input(stages: int) -> None:
     with pytest.raises(BadInputError, match=f"--stages {stages}: the model has 30 layers"):
         split_layers(CONFIG, stages)
+
+
+@pytest.mark.model
+def test_layers_auto_reaches_real_stages() -> None:
+    """The same placement as in simulation, from the costs that the scenario gives for a layer and the LM head."""
+    cost = "{kind: table, per: layer, rows_ms: {1: 1.4}, lm_head_ms: 8}"
+    sets = [
+        "model={profile: smollm2-135m, quantization: fp32}",
+        f"cluster.stages=[{{repeat: 4, layers: auto, device: laptop, cost: {cost}}}]",
+    ]
+    scenario = load_scenario(DEMO, sets)
+    parts = _prepare(scenario).cluster().stages
+    assert (
+        [part.last_layer - part.first_layer for part in parts]
+        == [plan.layers for plan in scenario.stages()]
+        == [9, 9, 9, 3]
+    )

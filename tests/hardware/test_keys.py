@@ -7,7 +7,7 @@ from pipesim.acceptance_trace import FORMAT, AcceptanceTrace
 from pipesim.comparison import with_probed_costs
 from pipesim.errors import BadInputError
 from pipesim.executors import Probe
-from pipesim.hardware.costs import Machine, Roofline, StagePart
+from pipesim.hardware.costs import Machine, ModelPart, Roofline
 from pipesim.hardware.devices import DEVICES
 from pipesim.hardware.models import MODELS
 from pipesim.scenario import RooflineCost, json_schema
@@ -139,7 +139,7 @@ def test_a_roofline_cost_reaches_the_stages_as_described() -> None:
         "cluster.stages.0.cost.tensor_parallel=4",
         "cluster.stages.0.cost.all_reduce={profile: nvlink-4, latency_us: 5}",
     ).stages()
-    part = StagePart(MODELS["llama-2-7b"].shape, 16, True, False, 4.83 / 8)
+    part = ModelPart(MODELS["llama-2-7b"].shape, 16, True, False, 4.83 / 8)
     machine = Machine(0.5 * 3350e9, 0.7 * 989.4e12, 1e-3, 4, 450e9, 5e-6)
     for kind in RunKind:
         expected = Roofline(part, machine).seconds(kind, 5, 100)
@@ -157,7 +157,7 @@ def test_arithmetic_is_float32_for_float32_weights_and_otherwise_bfloat16_unless
 def test_a_draft_model_s_level_is_one_run_of_it() -> None:
     sets = [f"cluster.drafter={{model: {TINY}, cost: {{kind: roofline, profile: dual-xeon-2017}}}}"]
     plan = build(*sets).drafter()
-    part = StagePart(MODELS["tinyllama-1.1b"].shape, 22, True, True, 4.5 / 8)
+    part = ModelPart(MODELS["tinyllama-1.1b"].shape, 22, True, True, 4.5 / 8)
     device = DEVICES["dual-xeon-2017"]
     cost = Roofline(part, Machine(0.7e9 * device.memory_bandwidth_gbytes_s, 0.7e12 * device.peak("bfloat16")))
     assert plan.level_ms == pytest.approx(1e3 * cost.seconds(RunKind.CANONICAL, 1, 8 + 40 / 2))

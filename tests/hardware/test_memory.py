@@ -6,7 +6,7 @@ import pytest
 from scenario_builder import build
 
 from pipesim.errors import BadInputError
-from pipesim.hardware.costs import StagePart
+from pipesim.hardware.costs import ModelPart
 from pipesim.hardware.models import MODELS
 from pipesim.scenario import StagePlan
 
@@ -41,8 +41,8 @@ def test_all_stages_together_hold_the_whole_model_once() -> None:
 
 def test_a_tied_lm_head_is_a_copy_unless_it_lies_beside_the_embedding() -> None:
     shape = MODELS["llama-3.2-1b"].shape
-    whole = StagePart(shape, 16, True, True, 2.0).weights()
-    halves = StagePart(shape, 8, True, False, 2.0).weights() + StagePart(shape, 8, False, True, 2.0).weights()
+    whole = ModelPart(shape, 16, True, True, 2.0).weights()
+    halves = ModelPart(shape, 8, True, False, 2.0).weights() + ModelPart(shape, 8, False, True, 2.0).weights()
     assert whole == 2 * shape.parameters
     assert halves - whole == 2 * shape.embedding_parameters
     sizes = "hidden: 64, layers: 4, heads: 4, intermediate: 128"

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipesim.hardware.costs import Machine, Roofline, StagePart, micro_batch_slope
+from pipesim.hardware.costs import Machine, ModelPart, Roofline, micro_batch_slope
 from pipesim.hardware.devices import DEVICES
 from pipesim.hardware.models import BITS_PER_WEIGHT, MODELS, ModelShape
 from pipesim.scheduling.runs import RunKind
@@ -15,12 +15,12 @@ DECODE, PREFILL = RunKind.CANONICAL, RunKind.PREFILL
 SHAPE = ModelShape(layers=10, hidden=64, heads=8, kv_heads=2, intermediate=128, vocabulary=1000)
 WEIGHTS = 2 * 64 * 10 * 8 + 3 * 64 * 128
 """Of a layer's matrices: query and output (64 x 64 each), keys and values (64 x 16 each), MLP."""
-MIDDLE = StagePart(SHAPE, layers=3, embeds=False, predicts=False, weight_bytes=2.0)
+MIDDLE = ModelPart(SHAPE, layers=3, embeds=False, predicts=False, weight_bytes=2.0)
 SLOW_MEMORY = Machine(bandwidth=1e6, flops=1e15)
 SLOW_UNITS = Machine(bandwidth=1e15, flops=1e6)
 
 
-def seconds(part: StagePart, machine: Machine, rows: int = 1, context: float = 0, kind: RunKind = DECODE) -> float:
+def seconds(part: ModelPart, machine: Machine, rows: int = 1, context: float = 0, kind: RunKind = DECODE) -> float:
     return Roofline(part, machine).seconds(kind, rows, context)
 
 
@@ -132,7 +132,7 @@ def test_the_slope_between_the_limits_is_the_part_beyond_the_ridge() -> None:
 def speed(model: str, quantization: str, device: str, rows: int = 1, kind: RunKind = DECODE) -> float:
     """Tokens per second of a whole model on one device, with the default efficiencies of scenarios."""
     shape, profile = MODELS[model].shape, DEVICES[device]
-    part = StagePart(shape, shape.layers, True, True, BITS_PER_WEIGHT[quantization] / 8)
+    part = ModelPart(shape, shape.layers, True, True, BITS_PER_WEIGHT[quantization] / 8)
     machine = Machine(0.7e9 * profile.memory_bandwidth_gbytes_s, 0.7e12 * profile.peak("bfloat16"))
     return rows / seconds(part, machine, rows, rows / 2 if kind is PREFILL else 64, kind)
 
