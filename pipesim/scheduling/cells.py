@@ -56,8 +56,8 @@ class CellTable:
         sets = self._sets
         for cells in self._at[start:stop]:
             for cell in cells:
-                if sets[cell] & source:
-                    sets[cell] |= targets
+                if sets[cell] & source:  # all of the text's cells share one number
+                    sets[cell] = targets if targets == self.everyone else sets[cell] | targets
 
     def _remove(self, sequences: int, start: int, stop: int) -> None:
         sets, at = self._sets, self._at
@@ -90,9 +90,12 @@ class CellTable:
                 raise InvariantError(f"sequence set {held_by:#x} at position {position} is empty or has unknown ids")
             cell = heapq.heappop(free)
             sets[cell] = held_by
-            while len(at) <= position:
+            while len(at) < position:
                 at.append([])
-            at[position].append(cell)
+            if len(at) == position:
+                at.append([cell])  # takes half the memory of an empty list that grows
+            else:
+                at[position].append(cell)
             taken.append(cell)
         return taken
 
