@@ -223,6 +223,8 @@ def page(rounds: int, scenarios: int) -> str:
         "a stage, and a cancellation, are looked up when their turn comes. Bare SimPy is as many `Timeout`s, each "
         f"with a callback that asks for the next one, {PENDING} of them pending. Simulation (all metrics on, latency "
         f"decomposition included) and bare SimPy take turns, {rounds} rounds, the fastest of each counts.",
+        f"{scenarios:,} scenarios of 8 stages, 128 tokens and `pipeinfer` that differ in their seed, on 2 processes: "
+        f"**{wall:.1f} s** wall time. The median scenario takes {each * 1e3:.0f} ms of CPU.",
     )
     return f"""# How fast the simulator is
 
@@ -238,8 +240,7 @@ def page(rounds: int, scenarios: int) -> str:
 
 ## A sweep
 
-{scenarios:,} scenarios of 8 stages, 128 tokens and `pipeinfer`, that differ in their seed, on 2 processes: **{wall:.1f} s**
-wall time; the median scenario takes {each * 1e3:.0f} ms of CPU.
+{fill(paragraphs[2])}
 
 ## Growth
 
@@ -264,16 +265,16 @@ Made by `python -m analysis.simulator_speed -o docs/simulator-speed.md`.
 """
 
 
-WHERE_IT_GOES = (
-    "Where the rest goes: one event of the list costs about as much as in bare SimPy, whose price is the heap's. On top "
-    "of that come the stage, link and latency bookkeeping of each event, and the scheduler, which is the very object "
-    "that drives real pipelines: it works on each run and draft, not on each event, so its share is largest where there "
-    "are few stages and many small runs."
-)
-WHAT_GROWS = (
-    "What grows with the text is the text itself, the KV cells' table, which the scheduler keeps for every position, "
-    "and one number per token for exact percentiles."
-)
+WHERE_IT_GOES = """
+Where the rest goes: an event of the list costs about what it costs in bare SimPy, where the heap is most of the
+price. On top come the stages, links and latencies that each event moves, and the scheduler. It is the very object
+that drives real pipelines, and works on each run and draft, not on each event: its share is largest where few stages
+see many small runs.
+"""
+WHAT_GROWS = """
+What grows with the text is the text itself, the KV cells' table, which the scheduler keeps for every position, and
+one number per token for exact percentiles.
+"""
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from pipesim.errors import BadInputError, PipesimError
-from pipesim.metrics import Metrics, compute_metrics
+from pipesim.metrics import LatencyShares, Metrics, compute_metrics
 from pipesim.perfetto import write_perfetto
 from pipesim.scenario import Scenario, StageSummary
 from pipesim.scenario_file import load_scenario
@@ -253,6 +253,10 @@ def metrics_table(trace: Trace, metrics: Metrics, bound: "Bound | None" = None) 
         itl = metrics.itl_s
         times = " / ".join(f"{1e3 * value:.1f}" for value in (itl.mean, itl.p50, itl.p95, itl.p99))
         table.add_row("gap between tokens, mean / p50 / p95 / p99", f"{times} ms")
+    if metrics.latency_breakdown_s:
+        table.add_row("first token, spent on", _shares(metrics.latency_breakdown_s.ttft))
+        if metrics.latency_breakdown_s.itl:
+            table.add_row("mean gap, spent on", _shares(metrics.latency_breakdown_s.itl))
     add("end to end", metrics.e2e_s, ".3f", " s")
     if bound is not None and metrics.e2e_s:
         table.add_row("of what is possible", f"{bound.fraction(metrics.e2e_s):.0%} of the clairvoyant bound")
@@ -270,6 +274,12 @@ def metrics_table(trace: Trace, metrics: Metrics, bound: "Bound | None" = None) 
     add("sent over links", metrics.link_bytes / 1e6, ".2f", " MB")
     add("drafted tokens", metrics.draft_tokens, "d")
     return table
+
+
+def _shares(times: LatencyShares) -> str:
+    """The parts of a time in milliseconds, the largest first, without those that round to nothing."""
+    parts = sorted(((seconds * 1e3, name) for name, seconds in dataclasses.asdict(times).items()), reverse=True)
+    return " + ".join(f"{ms:.1f} {name}" for ms, name in parts if ms >= 0.05) + " ms"
 
 
 def stages_table(stages: Sequence[StageSummary]) -> Table:

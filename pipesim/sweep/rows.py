@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipesim.errors import BadInputError, PipesimError
-from pipesim.metrics import compute_metrics
+from pipesim.errors import BadInputError
 from pipesim.scenario import Scenario
 from pipesim.scenario_file import apply_settings, build_scenario, locate_files
 from pipesim.sweep.engines import find_engine
@@ -23,13 +22,10 @@ Measure = Callable[[Scenario], Mapping[str, Any]]
 
 
 def simulated_metrics(scenario: Scenario) -> dict[str, Any]:
-    """The metrics of one simulated generation. Raises PipesimError if it ended early, or cannot be simulated."""
-    from pipesim.simulation.pipeline import simulate
+    """The metrics of one simulated generation. Raises PipesimError if it cannot be simulated to its end."""
+    from pipesim.simulation.pipeline import evaluate
 
-    trace = simulate(scenario)
-    if not trace.complete:
-        raise PipesimError(f"the generation ended early, after {len(trace.tokens)} tokens ({trace.finish_reason})")
-    return compute_metrics(trace).as_dict()
+    return evaluate(scenario).as_dict()
 
 
 def run_points(

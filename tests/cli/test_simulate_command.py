@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -22,6 +23,13 @@ SHORT = ["--set", "workload.max_new_tokens=6"]
 
 def call(*arguments: str) -> Result:
     return CliRunner().invoke(app, list(arguments))
+
+
+def test_the_table_says_what_the_time_until_a_token_was_spent_on() -> None:
+    plain = ["--set", "policy.name=autoregressive", "--set", "cluster.head.overhead_ms=0"]
+    shown = " ".join(call("simulate", DEMO, *SHORT, *plain).stdout.replace("│", " ").split())
+    mean_gap = shown.split("mean gap, spent on ")[1].split(" ms")[0]
+    assert re.fullmatch(r"[0-9.]+ compute \+ [0-9.]+ propagation( \+ [0-9.]+ serialisation)?", mean_gap), mean_gap
 
 
 def test_json_is_one_object_with_the_fixed_keys_and_nothing_else_on_stdout() -> None:
