@@ -11,7 +11,9 @@ from scenario_builder import build
 
 from pipesim.errors import BadInputError
 from pipesim.hardware.placement import place_layers
+from pipesim.metrics import compute_metrics
 from pipesim.scheduling.runs import RunKind
+from pipesim.simulation.pipeline import simulate
 
 SLOW = "{kind: roofline, profile: dual-xeon-2023}"
 PER_LAYER = "cost: {kind: linear, per: layer, constant_ms: "
@@ -139,3 +141,16 @@ def test_auto_needs_the_time_of_a_layer() -> None:
 def test_auto_and_left_out_do_not_mix() -> None:
     with pytest.raises(BadInputError, match="auto in some stages and left out in others"):
         build(f"cluster.stages=[{{{PER_LAYER}9}}}}, {{layers: auto, {PER_LAYER}1}}}}]")
+
+
+@pytest.mark.parametrize("policy", ["pipeinfer", "autoregressive"])
+def test_on_unequal_devices_auto_is_faster_than_an_even_spread(policy: str) -> None:
+    devices = ("h100-sxm", "dual-xeon-2017", "rtx-4090", "dual-xeon-2023")
+    speeds = []
+    for layers in ("null", "auto"):
+        stages = ", ".join(f"{{layers: {layers}, cost: {{kind: roofline, profile: {device}}}}}" for device in devices)
+        model = "model={profile: llama-2-70b, quantization: q4_k_m}"
+        scenario = build(model, f"cluster.stages=[{stages}]", f"policy.name={policy}", "acceptance.rate=0.9")
+        speeds.append(compute_metrics(simulate(scenario)).tokens_per_second or 0)
+    even, auto = speeds
+    assert auto > 2 * even
