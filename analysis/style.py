@@ -1,6 +1,7 @@
 """One look for all figures made of many generations."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -17,7 +18,7 @@ COLOURS = {
 """Of plain decoding, synchronous and pipelined speculation (Okabe and Ito's colour-blind-safe palette)."""
 CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 9,
     "font.family": "sans-serif",
     "axes.spines.top": False,

@@ -27,7 +27,7 @@ class Interval:
 
     def __str__(self) -> str:
         """Three significant digits: ``23.1 [19.4, 28]``."""
-        return f"{self.estimate:.3g} [{self.low:.3g}, {self.high:.3g}]"
+        return f"{significant(self.estimate)} [{significant(self.low)}, {significant(self.high)}]"
 
     @property
     def half_width(self) -> float:
@@ -102,3 +102,8 @@ def bootstrap_interval(sample: ArrayLike, statistic: Statistic, *, resamples: in
         return Interval(estimate, math.nan, math.nan)
     low, high = np.quantile(figures, (0.025, 0.975))
     return Interval(estimate, float(low), float(high))
+
+
+def significant(value: float, digits: int = 3) -> str:
+    """A number with so many significant digits and no exponent: ``0.0123``, ``1230000``."""
+    return np.format_float_positional(value, digits, unique=False, fractional=False, trim="-")

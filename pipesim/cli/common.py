@@ -73,6 +73,10 @@ EventsOption = Annotated[
 ]
 
 
+RepeatsOption = Annotated[int, typer.Option(min=1, help="So many seeds: the scenario's, and those that follow it.")]
+
+INTERRUPTED = 130
+"""Exit status that shells expect after Ctrl-C."""
 PLOT_ENDINGS = (".png", ".pdf", ".svg")
 
 
@@ -128,26 +132,27 @@ class _OutputFile(io.BufferedIOBase):
         return True
 
     def write(self, data: Any) -> int:
-        with _failures(self.name):
+        with failures(self.name):
             if self._file is None:
                 self._file = self._path.open("wb")
             return self._file.write(data)
 
     def flush(self) -> None:
         if self._file:
-            with _failures(self.name):
+            with failures(self.name):
                 self._file.flush()
 
     def close(self) -> None:
         file, self._file = self._file, None
         super().close()
         if file:
-            with _failures(self.name):
+            with failures(self.name):
                 file.close()
 
 
 @contextlib.contextmanager
-def _failures(name: str) -> Iterator[None]:
+def failures(name: str) -> Iterator[None]:
+    """Raises PipesimError, with the file's name, where writing it fails."""
     try:
         yield
     except OSError as problem:
@@ -206,13 +211,33 @@ def report(
             Console().print(metrics_table(trace, metrics, bound))
             if stages:
                 Console().print(stages_table(stages))
+    write_files(trace, trace_file, plot_file, window)
+    fail([problem for problem in [early_end(trace)] if problem])
+
+
+def write_files(
+    trace: Trace, trace_file: Path | None, plot_file: Path | None, window: tuple[float, float] | None = None
+) -> None:
+    """Writes the timeline and draws it, or ``window`` of it, as far as that was asked for."""
     with writing(trace_file) as stream:
         if stream:
             write_perfetto(trace, stream)
     if plot_file:
         plot(trace, plot_file, window)
-    if not trace.complete:
-        diagnostic(f"error: the generation ended early, after {len(trace.tokens)} tokens ({trace.finish_reason})")
+
+
+def early_end(trace: Trace) -> str | None:
+    """What is wrong with a generation that did not bring all its tokens."""
+    if trace.complete:
+        return None
+    return f"the generation ended early, after {len(trace.tokens)} tokens ({trace.finish_reason})"
+
+
+def fail(problems: Sequence[str]) -> None:
+    """Shows what is wrong; exits with status 1 if anything is."""
+    for problem in problems:
+        diagnostic(f"error: {problem}")
+    if problems:
         raise typer.Exit(1)
 
 
@@ -234,7 +259,7 @@ def plot(trace: Trace, path: Path, window: tuple[float, float] | None = None) ->
     from analysis.plots import plot_timeline  # drawing libraries take a second to load
 
     check_outputs(plot=path)
-    with _failures(str(path)):
+    with failures(str(path)):
         plot_timeline(trace, path, window)
 
 

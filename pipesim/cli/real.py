@@ -17,6 +17,7 @@ from rich.table import Table
 
 from pipesim.acceptance_trace import write_acceptance_trace
 from pipesim.cli.common import (
+    INTERRUPTED,
     EventsOption,
     JsonOption,
     PlotOption,
@@ -56,7 +57,6 @@ RecordOption = Annotated[
         help="Write what the drafter proposes all along the text, for acceptance: {kind: trace} (JSON).",
     ),
 ]
-_INTERRUPTED = 130
 _TABLE_WIDTH = 112  # the table of figures does not fit 80 columns
 
 
@@ -67,7 +67,7 @@ def _interruptible() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         diagnostic("interrupted")
-        raise typer.Exit(_INTERRUPTED) from None
+        raise typer.Exit(INTERRUPTED) from None
 
 
 @app.command("generate")

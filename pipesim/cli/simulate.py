@@ -1,6 +1,7 @@
 """The commands that need no model: simulate, replay, profiles, schema."""
 
 import json
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,7 @@ from pipesim.cli.common import (
     EventsOption,
     JsonOption,
     PlotOption,
+    RepeatsOption,
     ScenarioArgument,
     SeedOption,
     SetOption,
@@ -18,12 +20,15 @@ from pipesim.cli.common import (
     app,
     check_outputs,
     diagnostic,
+    fail,
     load,
     parse_window,
     printing,
     report,
+    write_files,
     writing,
 )
+from pipesim.cli.repeats import report_repeats
 from pipesim.event_log import replay_log
 from pipesim.hardware.tables import profile_tables
 from pipesim.scenario import MarkovAcceptance, json_schema
@@ -34,6 +39,7 @@ def simulate_command(
     scenario: ScenarioArgument,
     overrides: SetOption = None,
     seed: SeedOption = None,
+    repeats: RepeatsOption = 1,
     as_json: JsonOption = False,
     trace: TraceOption = None,
     plot: PlotOption = None,
@@ -42,20 +48,31 @@ def simulate_command(
 ) -> None:
     """Simulate a scenario.
 
+    With --repeats every figure is a mean over seeds with its 95 % confidence interval. In JSON `metrics` and `bound`
+    are then the means, `seeds` the seeds, and `intervals_95` has [low, high] in the place of each mean (those of
+    `bound` under its name); `tokens`, and files that are written, are those of the first seed.
+
     Example: pipesim simulate scenarios/demo.yaml --set policy.name=speculative --set policy.max_nodes=6 --plot out.png
     """
     from pipesim.simulation.bound import clairvoyant_bound
     from pipesim.simulation.pipeline import simulate  # other commands need not wait for it to load
 
-    loaded, window = load(scenario, overrides, seed), parse_window(plot_window)
+    first, *others = load(scenario, overrides, seed).with_seeds(repeats)
+    window = parse_window(plot_window)
     check_outputs(trace, events, plot=plot)
-    if isinstance(loaded.acceptance, MarkovAcceptance):
-        share, rate = loaded.acceptance.good_share, loaded.acceptance.rate
+    if isinstance(first.acceptance, MarkovAcceptance):
+        share, rate = first.acceptance.good_share, first.acceptance.rate
         diagnostic(f"in the long run {share:.1%} of positions are good, {rate:.1%} of first candidates are right")
     with writing(events) as stream:
-        outcome = simulate(loaded, stream)
-    stages, bound = loaded.stage_summaries(), clairvoyant_bound(loaded)
-    report(outcome, as_json=as_json, trace_file=trace, plot_file=plot, stages=stages, bound=bound, window=window)
+        outcome = simulate(first, stream)
+    stages, bound = first.stage_summaries(), clairvoyant_bound(first)
+    if not others:
+        report(outcome, as_json=as_json, trace_file=trace, plot_file=plot, stages=stages, bound=bound, window=window)
+        return
+    outcomes = chain([(outcome, bound)], ((simulate(other), clairvoyant_bound(other)) for other in others))
+    problems = report_repeats(outcomes, stages, as_json=as_json)
+    write_files(outcome, trace, plot, window)
+    fail(problems)
 
 
 @app.command("replay")

@@ -160,6 +160,12 @@ class Scenario(Section):
         except BadInputError as problem:
             yield str(problem)
 
+    def with_seeds(self, count: int) -> list["Scenario"]:
+        """This scenario, and the same under each of the ``count - 1`` seeds that follow. Raises BadInputError."""
+        if self.seed + count > 2**64:
+            raise BadInputError(f"seed = {self.seed}: the last of {count} seeds is above 2^64 - 1, use a smaller one")
+        return [self.model_copy(update={"seed": self.seed + number}) for number in range(count)]
+
     def stages(self) -> tuple[StagePlan, ...]:
         """The pipeline's stages in order, each with its layers."""
         head = self.cluster.head

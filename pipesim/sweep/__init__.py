@@ -6,6 +6,6 @@
 """
 
 from pipesim.sweep.points import Axis, cross, parse_axis
-from pipesim.sweep.rows import run_points, simulated_metrics
+from pipesim.sweep.rows import flatten, run_points, simulated_metrics
 
-__all__ = ["Axis", "cross", "parse_axis", "run_points", "simulated_metrics"]
+__all__ = ["Axis", "cross", "flatten", "parse_axis", "run_points", "simulated_metrics"]

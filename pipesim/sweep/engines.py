@@ -173,6 +173,8 @@ def run_ray(function: Function, items: Sequence[Any], jobs: int | None = None) -
             index = flying.pop(done)
             try:
                 yield ray.get(done)
+            except ray.exceptions.RayTaskError as problem:
+                yield index, None, f"a Ray worker could not take it up: {problem.cause}"
             except ray.exceptions.RayError as problem:
                 yield index, None, f"its worker process died ({type(problem).__name__})"
     finally:

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,9 @@ Point = Mapping[str, Any]
 """Dotted path of a scenario key -> the value that it has here; whole sections may be values."""
 
 _RANGE = re.compile(r"(?P<low>[^:,]+):(?P<high>[^:,]+):(?P<scale>log|lin)(?P<count>\d+)")
-_CODE = ("scheduling", "simulation", "scenario", "*.py")
+
+_NO_PART = {"__pycache__", "cli", "sweep"}
+"""What a row does not depend on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,9 @@ def parse_axis(text: str) -> Axis:
         (listed,) = listed
     if not listed:
         raise BadInputError(f"--vary {text}: an empty list, give at least one value")
+    for text_of_value, count in Counter(map(repr, listed)).items():
+        if count > 1:
+            raise BadInputError(f"--vary {text}: {text_of_value} stands there {count} times")
     return Axis(key, tuple(listed))
 
 
@@ -113,10 +119,9 @@ def _content(value: Any) -> str:
 @functools.cache
 def _code_digest() -> str:
     root = Path(pipesim.__file__).parent
-    folders = [root, *(root / name for name in ("scheduling", "simulation", "scenario"))]
     digest = hashlib.sha256(pipesim.__version__.encode())
-    for folder in folders:
-        for path in sorted(folder.glob("*") if folder == root else folder.rglob("*")):
-            if path.is_file() and "__pycache__" not in path.parts:
-                digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
+    for path in sorted(root.rglob("*")):
+        name = path.relative_to(root)
+        if path.is_file() and not _NO_PART.intersection(name.parts):
+            digest.update(f"{name}\0".encode() + path.read_bytes())
     return digest.hexdigest()

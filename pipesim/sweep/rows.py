@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ Measure = Callable[[Scenario], Mapping[str, Any]]
 
 
 def simulated_metrics(scenario: Scenario) -> dict[str, Any]:
-    """The metrics of one simulated generation. Raises PipesimError if it cannot be simulated to its end."""
+    """The metrics of one simulated generation. Raises PipesimError if it cannot be carried out to its end."""
     from pipesim.simulation.pipeline import evaluate
 
     return evaluate(scenario).as_dict()
@@ -88,7 +89,7 @@ def run_points(
             if progress:
                 progress(*told)
     lines = [row.line(book.finished.get(row.key), errors.get(row.key)) for row in rows]
-    return pd.DataFrame(_in_columns(lines, points))
+    return pd.DataFrame(_in_columns(lines, points)).astype({"error": "string"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,15 +125,12 @@ def _rows(base: Mapping[str, Any], point: Point, repeats: int, folder: Path | No
     try:
         apply_settings(raw, list(copy.deepcopy(dict(point)).items()))
         locate_files(raw, folder or Path())
-        scenario = build_scenario(raw)
-        if scenario.seed + repeats > 2**64:
-            raise BadInputError(f"seed: {repeats} seeds from {scenario.seed} on exceed 2^64 - 1, use a smaller one")
+        seeded = build_scenario(raw).with_seeds(repeats)
     except BadInputError as problem:
         seed = raw.get("seed", 0)
         first = seed if type(seed) is int else None
         seeds = [None if first is None else first + number for number in range(repeats)]
         return [_Row(settings, one, None, "", str(problem)) for one in seeds]
-    seeded = [scenario.model_copy(update={"seed": scenario.seed + number}) for number in range(repeats)]
     name = f"{measure.__module__}.{measure.__qualname__}"
     return [_Row(settings, one.seed, one, fingerprint(one, name)) for one in seeded]
 
@@ -151,8 +149,16 @@ def _in_columns(lines: list[dict[str, Any]], points: Sequence[Point]) -> dict[st
     ordered = [name for name in names if name in varied]
     ordered += [name for name in ("policy", "seed") if name not in varied]
     ordered += [name for name in names if name not in {*ordered, "error"}]
-    columns = {name: [line.get(name) for line in lines] for name in [*ordered, "error"]}
-    return {name: _of_one_type(values) if name in varied else values for name, values in columns.items()}
+    columns = {name: [line.get(name) for line in lines] for name in ordered}
+    errors = [line["error"] for line in lines]
+    return {name: _of_one_type(values) if name in varied else _known(values) for name, values in columns.items()} | {
+        "error": errors
+    }
+
+
+def _known(figures: list[Any]) -> list[Any]:
+    """A figure that no row has is a column of numbers all the same."""
+    return figures if any(figure is not None for figure in figures) else [math.nan] * len(figures)
 
 
 def _of_one_type(values: list[Any]) -> list[Any]:

@@ -12,8 +12,11 @@ from typer.testing import CliRunner, Result
 
 from pipesim.cli import app
 from pipesim.metrics import compute_metrics
+from pipesim.scenario import Scenario
 from pipesim.scheduling.commands import FinishReason
 from pipesim.simulation.pipeline import simulate
+from pipesim.statistics import mean_interval
+from pipesim.sweep import flatten
 from pipesim.trace import Trace
 
 ROOT = Path(__file__).parent.parent.parent
@@ -96,6 +99,75 @@ def test_bursty_acceptance_tells_its_stationary_rate() -> None:
 def test_same_seed_same_bytes() -> None:
     assert call("simulate", DEMO, "--json").stdout == call("simulate", DEMO, "--json", "--seed", "1").stdout
     assert call("simulate", DEMO, "--json").stdout != call("simulate", DEMO, "--json", "--seed", "2").stdout
+
+
+def test_repeats_are_means_with_intervals_in_their_places() -> None:
+    singles = [json.loads(call("simulate", DEMO, *SHORT, "--json", "--seed", str(seed)).stdout) for seed in (5, 6, 7)]
+    result = call("simulate", DEMO, *SHORT, "--json", "--seed", "5", "--repeats", "3")
+    assert result.exit_code == 0, result.stderr
+    printed = json.loads(result.stdout)
+    assert list(printed) == ["policy", "seed", "tokens", "metrics", "stages", "bound", "intervals_95", "seeds"]
+    assert (printed["seed"], printed["tokens"], printed["seeds"]) == (5, singles[0]["tokens"], [5, 6, 7])
+    means = flatten({**printed["metrics"], "bound": printed["bound"]})
+    limits = flatten(printed["intervals_95"])
+    values = [flatten({**one["metrics"], "bound": one["bound"]}) for one in singles]
+    assert list(means) == list(values[0])
+    for name, mean in means.items():
+        expected = mean_interval([one[name] for one in values])
+        assert mean == pytest.approx(expected.estimate)
+        assert [limits[f"{name}.0"], limits[f"{name}.1"]] == [expected.low, expected.high]
+
+
+def test_a_figure_that_no_repeat_has_stays_null() -> None:
+    plain = ["--set", "policy.name=autoregressive", "--set", "workload.max_new_tokens=1", "--repeats", "2"]
+    printed = json.loads(call("simulate", DEMO, *plain, "--json").stdout)
+    assert printed["metrics"]["acceptance_rate"] is printed["intervals_95"]["acceptance_rate"] is None
+    assert printed["metrics"]["itl_s"] is printed["intervals_95"]["itl_s"] is None
+    assert call("simulate", DEMO, *plain).exit_code == 0
+
+
+def test_people_get_means_and_intervals_too() -> None:
+    result = call("simulate", DEMO, *SHORT, "--repeats", "4")
+    assert "pipeinfer, seeds 1 to 4" in result.stdout
+    line = next(line for line in result.stdout.splitlines() if "tokens_per_second" in line)
+    _, mean, low, high = line.replace("[", "").replace("]", "").replace(",", "").split()
+    assert float(low) < float(mean) < float(high)
+
+
+def test_files_of_repeats_are_those_of_the_first_seed(tmp_path: Path) -> None:
+    one, many = tmp_path / "one", tmp_path / "many"
+    for folder, options in ((one, []), (many, ["--repeats", "3"])):
+        folder.mkdir()
+        files = [
+            "--trace",
+            str(folder / "t.json"),
+            "--events",
+            str(folder / "e.jsonl"),
+            "--plot",
+            str(folder / "p.svg"),
+        ]
+        assert call("simulate", DEMO, *SHORT, *files, *options).exit_code == 0
+    for name in ("t.json", "e.jsonl"):
+        assert (many / name).read_bytes() == (one / name).read_bytes()
+    assert (many / "p.svg").exists()
+
+
+def test_one_repeat_that_ends_early_fails_them_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    def aborted(scenario: Scenario, *arguments: Any) -> Trace:
+        trace = simulate(scenario, *arguments)
+        return replace(trace, finish_reason=FinishReason.ABORTED) if scenario.seed == 2 else trace
+
+    monkeypatch.setattr("pipesim.simulation.pipeline.simulate", aborted)
+    result = call("simulate", DEMO, *SHORT, "--json", "--repeats", "3")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["seeds"] == [1, 2, 3]
+    assert result.stderr == "error: seed 2: the generation ended early, after 6 tokens (aborted)\n"
+
+
+def test_seeds_end_at_64_bits() -> None:
+    result = call("simulate", DEMO, "--seed", str(2**64 - 1), "--repeats", "2")
+    assert result.exit_code == 2
+    assert "the last of 2 seeds is above 2^64 - 1" in result.stderr
 
 
 def test_without_json_people_get_a_table() -> None:

@@ -34,7 +34,8 @@ def test_an_axis_is_a_list_of_yaml_values_or_a_range(text: str, values: tuple[An
 
 
 @pytest.mark.parametrize(
-    "text", ["a", "=1", "a..b=1", "a=", "a=[", "a=[]", "a=0:1:log4", "a=1:2:lin1", "a=x:y:lin3", "a=1:inf:lin3"]
+    "text",
+    ["a", "=1", "a..b=1", "a=", "a=[", "a=[]", "a=0:1:log4", "a=1:2:lin1", "a=x:y:lin3", "a=1:inf:lin3", "a=1,2,1"],
 )
 def test_what_is_no_axis_is_refused_with_its_text(text: str) -> None:
     with pytest.raises(BadInputError) as caught:
