@@ -15,7 +15,8 @@ from backends.cluster import ClusterPlan, DrafterPart, running_pipeline, stage_p
 from backends.control import Planted
 from backends.head import Head
 from backends.models.config import ModelConfig
-from backends.models.loading import DEFAULT_MODEL, open_model
+from backends.models.finding import KNOWN_MODELS, is_hub_name
+from backends.models.loading import open_model
 from backends.nursery import configure_logging
 from backends.pipeline import Pipeline
 from backends.placement import split_layers
@@ -170,7 +171,8 @@ def _prepare(scenario: Scenario) -> _Job:
     sampling = Sampling(workload.temperature, workload.top_k or 0, workload.top_p or 1.0, scenario.seed)
     started = GenerationStarted(prompt, workload.max_new_tokens, stop)
     # a known name each machine finds for itself; a path must lead to the same files everywhere
-    model = scenario.model.name if scenario.model.name == DEFAULT_MODEL else str(source.path.resolve())
+    name = scenario.model.name
+    model = name if name in KNOWN_MODELS or is_hub_name(name) else str(source.path.resolve())
     return _Job(scenario, model, config, tokenizer, started, sampling)
 
 

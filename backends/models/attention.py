@@ -2,11 +2,14 @@
 
 A *unit* is one block of 64 positions as some rows of a tile see it: its cells in position order. Blocks of the shared
 prefix are one unit for all rows; where branches differ, a block has one unit per branch. Every unit is multiplied
-with all rows of the tile in products of one fixed shape; what a row does not see is masked, so its weight is exactly
-zero and adding it changes no bit. Maxima are exact in any order, sums run unit by unit in order of position.
+with all rows of the tile in products of one fixed shape; what a row does not see, be it on another branch or behind a
+sliding window, is masked, so its weight is exactly zero and adding it changes no bit. Maxima are exact in any order,
+sums run unit by unit in order of position.
+
 Everything that depends on cells and sequences is worked out once per run here, none of it per layer.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +18,7 @@ import torch
 
 from backends.models.exact import BLOCK
 from pipesim.scheduling.cells import CellTable
-from pipesim.scheduling.runs import Run
+from pipesim.scheduling.runs import END, Run
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,22 +36,42 @@ class AttentionTile:
     mask: torch.Tensor
 
 
-def plan_tile(table: CellTable, run: Run, start: int, stop: int, padded_stop: int) -> AttentionTile:
-    """Prepares rows ``[start, stop)`` of ``run``, padded up to ``padded_stop``; ``run`` has been admitted last."""
-    cells, counts = _find_units(table, run, start, stop)
-    seen = np.full((len(cells), padded_stop - start), BLOCK)  # padding rows see everything, to stay finite
-    seen[:, : stop - start] = counts
+def plan_tiles(
+    table: CellTable, run: Run, start: int, stop: int, padded_stop: int, windows: Collection[int]
+) -> dict[int, AttentionTile]:
+    """Prepares rows ``[start, stop)`` of ``run``, padded up to ``padded_stop``; ``run`` has been admitted last.
+
+    One tile for each of ``windows``: of so many positions, its own the last, a row sees the cells (0: of all).
+    """
+    blocks, cells, counts = _find_units(table, run, start, stop)
+    positions = np.array(run.positions[start:stop])
+    tiles = {}
+    for window in windows:
+        hidden = np.clip(positions + 1 - (window or END) - blocks[:, None], 0, counts)
+        # A unit that no row sees is left out: in a larger tile its weights would be zero, which changes no bit.
+        near = np.flatnonzero((hidden < counts).any(axis=1))
+        padding = ((0, 0), (0, padded_stop - stop))  # rows that see everything, to stay finite
+        first, last = np.pad(hidden[near], padding), np.pad(counts[near], padding, constant_values=BLOCK)
+        tiles[window] = _tile([cells[unit] for unit in near], first, last, table.total)
+    return tiles
+
+
+def _tile(
+    cells: list[list[int]], first: npt.NDArray[np.int64], last: npt.NDArray[np.int64], total: int
+) -> AttentionTile:
+    """The tile of units with ``cells``, of which a row sees those from ``first`` up to ``last``, ``[units, rows]``."""
     units: list[tuple[bool, int]] = []
     gathered: list[int] = []
     for unit in cells:
-        first = unit[0]
-        if first + BLOCK <= table.total and unit == list(range(first, first + len(unit))):
-            units.append((False, first))
+        cell = unit[0]
+        if cell + BLOCK <= total and unit == list(range(cell, cell + len(unit))):
+            units.append((False, cell))
         else:
             units.append((True, len(gathered)))
             gathered += unit + unit[:1] * (BLOCK - len(unit))
-    open_units = int(np.cumprod((seen == BLOCK).all(axis=1)).sum())
-    mask = np.where(np.arange(BLOCK) < seen[open_units:, :, None], 0.0, -np.inf).astype(np.float32)
+    open_units = int(np.cumprod((last - first == BLOCK).all(axis=1)).sum())
+    first, last, at = first[open_units:, :, None], last[open_units:, :, None], np.arange(BLOCK)
+    mask = np.where((at >= first) & (at < last), 0.0, -np.inf).astype(np.float32)
     return AttentionTile(
         units=tuple(units),
         gather=torch.tensor(gathered) if gathered else None,
@@ -57,29 +80,36 @@ def plan_tile(table: CellTable, run: Run, start: int, stop: int, padded_stop: in
     )
 
 
-def _find_units(table: CellTable, run: Run, start: int, stop: int) -> tuple[list[list[int]], npt.NDArray[np.int64]]:
-    """The cells of each unit, by block, and ``[units, rows]``: how many of them, from the first on, a row sees."""
+def _find_units(
+    table: CellTable, run: Run, start: int, stop: int
+) -> tuple[npt.NDArray[np.int64], list[list[int]], npt.NDArray[np.int64]]:
+    """By block: each unit's first position, its cells, and ``[units, rows]``: how many, from the first on, a row sees.
+
+    That is without any window.
+    """
     positions = np.array(run.positions[start:stop])
     prefix = table.shared_prefix()
     shared = min(len(prefix), int(positions.max()) + 1) // BLOCK
-    cells = [prefix[block * BLOCK : (block + 1) * BLOCK] for block in range(shared)]
-    counts = [np.clip(positions + 1 - block * BLOCK, 0, BLOCK) for block in range(shared)]
+    blocks = [block * BLOCK for block in range(shared)]
+    cells = [prefix[at : at + BLOCK] for at in blocks]
+    counts = [np.clip(positions + 1 - at, 0, BLOCK) for at in blocks]
     tails: dict[int, list[tuple[list[int], npt.NDArray[np.int64]]]] = {}
     for row in np.argsort(-positions, kind="stable").tolist():  # the longest first: shorter ones are its beginnings
         tail = table.visible(run.positions[start + row], run.sequences[start + row], shared * BLOCK)
         for block in range(0, len(tail), BLOCK):
             piece = tail[block : block + BLOCK]
-            units = tails.setdefault(block, [])
+            units = tails.setdefault(shared * BLOCK + block, [])
             count = next((count for unit, count in units if unit[: len(piece)] == piece), None)
             if count is None:
                 count = np.zeros(stop - start, np.int64)
                 units.append((piece, count))
             count[row] = len(piece)
-    for block in sorted(tails):
-        for unit, count in tails[block]:
+    for at in sorted(tails):
+        for unit, count in tails[at]:
+            blocks.append(at)
             cells.append(unit)
             counts.append(count)
-    return cells, np.stack(counts)
+    return np.array(blocks), cells, np.stack(counts)
 
 
 def attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tile: AttentionTile) -> torch.Tensor:

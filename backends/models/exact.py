@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from backends.models.config import ModelConfig
+from backends.models.rowwise import gated, rms_norm
 
 LARGEST_TILE = 8
 """Rows per tile at most; more rows no longer share one kernel on every machine."""
@@ -59,7 +60,7 @@ def tiled_linear(rows: torch.Tensor, weight: torch.Tensor, bounds: tuple[tuple[i
 
 
 def choose_tiling(config: ModelConfig, dtype: torch.dtype) -> Tiling:
-    """The largest set of row counts up to 8 that agree bit for bit on every matrix shape of the whole model.
+    """The largest set of row counts up to 8 that agree bit for bit on all that the whole model does to rows.
 
     It depends on the machine, its threads, the model and ``dtype``, not on the layers a stage holds: every stage split
     computes alike. Takes about half a second for SmolLM2-135M; later calls in the process are free.
@@ -82,7 +83,8 @@ def _choose_tiling(config: ModelConfig, dtype: torch.dtype, threads: int) -> Til
 def model_products(
     config: ModelConfig, dtype: torch.dtype, generator: torch.Generator
 ) -> Iterator[tuple[RowProduct, torch.Tensor]]:
-    """Every matrix product of the model as a function of rows, with a row to probe it by; made one at a time."""
+    """All that rows go through side by side, as functions of rows, each with a row to probe it by; one at a time."""
+    yield from rowwise_functions(config, generator)
     yield from attention_products(config, generator)
     for outputs, inputs in (
         (config.qkv_width, config.hidden),
@@ -147,6 +149,26 @@ def cancelling_pair(
     row[order[: 2 * half]] = torch.cat((values, -values))
     copies = -(-outputs // block)
     return row.to(dtype), weight.to(dtype).repeat(copies, 1)[:outputs].contiguous()
+
+
+def rowwise_functions(config: ModelConfig, generator: torch.Generator) -> list[tuple[RowProduct, torch.Tensor]]:
+    """Norms and activation: vectorised kernels may treat the end of a thread's share otherwise than its middle."""
+    heads, width = config.heads + config.kv_heads, config.head_dim
+
+    def norm(rows: torch.Tensor) -> torch.Tensor:
+        return rms_norm(rows, torch.ones(config.hidden), config.norm_eps)
+
+    def head_norms(rows: torch.Tensor) -> torch.Tensor:
+        queries_and_keys = rows.view(len(rows), -1, width)[:, :heads]
+        return rms_norm(queries_and_keys, torch.ones(heads, width), config.norm_eps).flatten(1)
+
+    def activation(rows: torch.Tensor) -> torch.Tensor:
+        return gated(rows, config.family.activation)
+
+    functions = [(norm, config.hidden), (activation, 2 * config.intermediate)]
+    if config.family.qk_norm:
+        functions.append((head_norms, config.qkv_width))
+    return [(function, torch.randn(inputs, generator=generator)) for function, inputs in functions]
 
 
 def attention_products(config: ModelConfig, generator: torch.Generator) -> list[tuple[RowProduct, torch.Tensor]]:

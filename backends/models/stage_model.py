@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F  # noqa: N812
 
+from backends.models.decoder import KvCache, plan_run, read_layer, read_weight, run_layers
 from backends.models.exact import choose_tiling, pad_rows, tiled_linear
-from backends.models.llama import KvCache, plan_run, read_layer, read_weight, rms_norm, run_layers
 from backends.models.loading import ModelSource
+from backends.models.rowwise import rms_norm
 from backends.sampling import Sampling
 from pipesim.errors import BadInputError, InvariantError
 from pipesim.scheduling.cells import CellTable
@@ -79,7 +80,7 @@ class StageModel:
     @property
     def parameters(self) -> int:
         """Weights kept by this stage, a tied embedding counted once."""
-        layers = [getattr(layer, name) for layer in self._layers for name in layer.__dataclass_fields__]
+        layers = [weight for layer in self._layers for weight in layer.tensors()]
         others = {id(weight): weight for weight in (self._embedding, self._norm, self._head) if weight is not None}
         return sum(weight.numel() for weight in [*layers, *others.values()])
 
@@ -89,7 +90,7 @@ class StageModel:
             raise BadInputError(f"session {session} is already open")
         if kv_cells < 1 or sequences < 1:
             raise BadInputError(f"kv_cells {kv_cells} and sequences {sequences} must be at least 1")
-        cache = KvCache(self.config, len(self._layers), kv_cells)
+        cache = KvCache(self.config, [layer.kind for layer in self._layers], kv_cells)
         self._sessions[session] = Session(CellTable(kv_cells, sequences), cache, sampling)
 
     def close_session(self, session: int) -> None:
@@ -170,7 +171,7 @@ class StageModel:
         if self._embedding is not None:
             if not 0 <= min(run.tokens) <= max(run.tokens) < self.config.vocabulary:
                 raise BadInputError(f"run {run.run_id}: a token is outside the vocabulary of {self.config.vocabulary}")
-            return F.embedding(torch.tensor(run.tokens), self._embedding).float()
+            return F.embedding(torch.tensor(run.tokens), self._embedding).float() * self.config.embedding_scale
         expected = (run.rows, self.config.hidden)
         if hidden is None or tuple(hidden.shape) != expected or hidden.dtype != torch.float32:
             got = "none" if hidden is None else f"{hidden.dtype} {list(hidden.shape)}"

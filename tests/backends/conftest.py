@@ -4,7 +4,8 @@ import pytest
 import torch
 from tiny_models import tiny_source
 
-from backends.models.loading import DEFAULT_MODEL, ModelSource, find_model, open_model
+from backends.models.finding import DEFAULT_MODEL, find_model
+from backends.models.loading import ModelSource, open_model
 from backends.models.stage_model import StageModel
 from pipesim.errors import BadInputError
 

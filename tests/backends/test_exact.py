@@ -10,9 +10,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from tiny_models import Chain, prefill_runs
+from tiny_models import FAMILY_CONFIGS, Chain, prefill_runs, tiny_source
 
-from backends.models.attention import attend, plan_tile
+from backends.models.attention import attend, plan_tiles
 from backends.models.exact import Tiling, cancelling_pair, choose_tiling, model_products, probe_result
 from backends.models.loading import ModelSource
 from backends.models.stage_model import StageModel
@@ -87,20 +87,39 @@ def cuts(draw: st.DrawFn) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def whole(tiny: ModelSource) -> StageModel:
-    return StageModel(tiny, 0, 4)
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelSource]:
+    folder = tmp_path_factory.mktemp("families")
+    return {name: tiny_source(folder / name, **changes) for name, changes in FAMILY_CONFIGS.items()}
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(prompt=st.integers(1, 200), sizes=cuts(), siblings=st.integers(0, 5), seed=st.integers(0, 10))
-@example(prompt=63, sizes=[1, 1, 2], siblings=0, seed=0)
-@example(prompt=64, sizes=[3, 5], siblings=2, seed=1)
-@example(prompt=127, sizes=[2, 8], siblings=5, seed=2)
-@example(prompt=60, sizes=[8, 9], siblings=4, seed=3)
-@example(prompt=600, sizes=[7, 1], siblings=3, seed=4)
+@pytest.fixture(scope="module")
+def wholes(sources: dict[str, ModelSource]) -> dict[str, StageModel]:
+    return {name: StageModel(source, 0, 4) for name, source in sources.items()}
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    family=st.sampled_from(list(FAMILY_CONFIGS)),
+    prompt=st.integers(1, 200),
+    sizes=cuts(),
+    siblings=st.integers(0, 5),
+    seed=st.integers(0, 10),
+)
+@example(family="llama", prompt=63, sizes=[1, 1, 2], siblings=0, seed=0)
+@example(family="llama", prompt=64, sizes=[3, 5], siblings=2, seed=1)
+@example(family="llama", prompt=127, sizes=[2, 8], siblings=5, seed=2)
+@example(family="llama", prompt=60, sizes=[8, 9], siblings=4, seed=3)
+@example(family="llama", prompt=600, sizes=[7, 1], siblings=3, seed=4)
+@example(family="gemma3", prompt=63, sizes=[1, 1, 2], siblings=0, seed=0)
+@example(family="gemma3", prompt=122, sizes=[7, 9], siblings=4, seed=3)
+@example(family="gemma3", prompt=600, sizes=[7, 1], siblings=3, seed=4)
+@example(family="mistral", prompt=130, sizes=[11, 9], siblings=5, seed=5)
+@example(family="qwen2-windows", prompt=60, sizes=[11, 3], siblings=5, seed=6)
+@example(family="qwen3", prompt=127, sizes=[2, 8], siblings=5, seed=2)
 def test_logits_do_not_depend_on_micro_batches_siblings_or_cells(
-    whole: StageModel, prompt: int, sizes: list[int], siblings: int, seed: int
+    wholes: dict[str, StageModel], family: str, prompt: int, sizes: list[int], siblings: int, seed: int
 ) -> None:
+    whole = wholes[family]
     tokens = text(prompt + sum(sizes), 160)
     alone = one_row_at_a_time([whole], tokens[:prompt], tokens[prompt:])
     together = micro_batches([whole], tokens[:prompt], tokens[prompt:], sizes, siblings, seed)
@@ -108,8 +127,12 @@ def test_logits_do_not_depend_on_micro_batches_siblings_or_cells(
 
 
 @pytest.mark.parametrize("splits", [(0, 4), (0, 1, 4), (0, 2, 3, 4), (0, 1, 2, 3, 4)])
-def test_logits_do_not_depend_on_the_stage_split(tiny: ModelSource, whole: StageModel, splits: tuple[int, ...]) -> None:
-    stages = [StageModel(tiny, first, last) for first, last in itertools.pairwise(splits)]
+@pytest.mark.parametrize("family", FAMILY_CONFIGS)
+def test_logits_do_not_depend_on_the_stage_split(
+    sources: dict[str, ModelSource], wholes: dict[str, StageModel], family: str, splits: tuple[int, ...]
+) -> None:
+    whole = wholes[family]
+    stages = [StageModel(sources[family], first, last) for first, last in itertools.pairwise(splits)]
     tokens = text(150, 160)
     assert [stage.is_first for stage in stages] == [True] + [False] * (len(stages) - 1)
     assert [stage.is_last for stage in stages] == [False] * (len(stages) - 1) + [True]
@@ -118,7 +141,9 @@ def test_logits_do_not_depend_on_the_stage_split(tiny: ModelSource, whole: Stage
 
 
 @pytest.mark.parametrize("length", [1, 62, 63, 64, 65, 127, 128, 129, 191, 256, 600])
-def test_every_row_count_agrees_at_every_kv_size(whole: StageModel, length: int) -> None:
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_every_row_count_agrees_at_every_kv_size(wholes: dict[str, StageModel], family: str, length: int) -> None:
+    whole = wholes[family]
     tokens = text(length + 9, 160)
     alone = one_row_at_a_time([whole], tokens[:length], tokens[length:])
     for size in range(1, 10):
@@ -152,7 +177,7 @@ def test_attention_ignores_what_a_row_does_not_see() -> None:
     cells = table.admit(run)
     keys, values = torch.randn(2, 2, 200, 16, generator=generator)
     queries = torch.randn(4, 2, 2, 16, generator=generator)
-    tile = plan_tile(table, run, 0, 4, 4)
+    tile = plan_tiles(table, run, 0, 4, 4, [0])[0]
     before = attend(queries, keys, values, tile)
     hidden_from_first_two = [*cells[2:], *range(74, 200)]
     keys[:, hidden_from_first_two] *= -3
@@ -169,11 +194,40 @@ def test_attention_equals_softmax_over_the_visible_cells() -> None:
     cells = table.admit(run)
     keys, values = torch.randn(2, 3, 300, 8, generator=generator)
     queries = torch.randn(150, 3, 2, 8, generator=generator)
-    got = attend(queries, keys, values, plan_tile(table, run, 0, 150, 150)).view(150, 3, 2, 8)
+    got = attend(queries, keys, values, plan_tiles(table, run, 0, 150, 150, [0])[0]).view(150, 3, 2, 8)
     expected = torch.nn.functional.scaled_dot_product_attention(
         queries.permute(1, 2, 0, 3), keys[:, None, cells], values[:, None, cells], is_causal=True, scale=1.0
     ).permute(2, 0, 1, 3)
     torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("window", [1, 5, 63, 64, 65, 128, 500])
+def test_a_window_hides_what_lies_behind_it_and_nothing_else(window: int) -> None:
+    generator = torch.Generator().manual_seed(2)
+    table = CellTable(300, 2)
+    table.allocate(range(200), [0b11] * 200)
+    run = Run(1, 0, RunKind.SPECULATIVE, (1,) * 5, (200, 201, 202, 200, 201), (1, 1, 1, 2, 2))
+    branches = [[*range(200), *cells] for cells in ((200, 201, 202), (203, 204))]
+    assert table.admit(run) == [200, 201, 202, 203, 204]
+    keys, values = torch.randn(2, 2, 300, 8, generator=generator)
+    queries = torch.randn(5, 2, 3, 8, generator=generator)
+    tile = plan_tiles(table, run, 0, 5, 8, [window, 0])[window]
+    got = attend(torch.cat((queries, queries[:3])), keys, values, tile).view(8, 2, 3, 8)
+    assert got.isfinite().all()
+    for row, (position, sequences) in enumerate(zip(run.positions, run.sequences, strict=True)):
+        cells = branches[sequences - 1][max(0, position + 1 - window) : position + 1]
+        scores = torch.einsum("hgd,hcd->hgc", queries[row], keys[:, cells])
+        expected = torch.einsum("hgc,hcd->hgd", scores.softmax(-1), values[:, cells])
+        torch.testing.assert_close(got[row], expected)
+
+
+def test_far_blocks_cost_nothing_behind_a_window() -> None:
+    table = CellTable(800, 1)
+    table.allocate(range(700), [1] * 700)
+    run = Run(1, 0, RunKind.CANONICAL, (1,), (700,), (1,))
+    table.admit(run)
+    tiles = plan_tiles(table, run, 0, 1, 4, [0, 64, 130])
+    assert {window: len(tile.units) for window, tile in tiles.items()} == {0: 11, 64: 2, 130: 3}
 
 
 @given(rows=st.integers(1, 40), sizes=st.sets(st.integers(1, 8), min_size=1))

@@ -8,12 +8,13 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from tiny_models import Chain, prefill_runs, save_tiny, tiny_config, tiny_source
+from tiny_models import FAMILY_CONFIGS, Chain, prefill_runs, save_gguf, save_tiny, tiny_config, tiny_source
 
 from backends.control import ConfigureStage
 from backends.frames import TOKEN_BYTES
-from backends.models.config import config_from_huggingface
-from backends.models.loading import ModelSource, find_model, fingerprint, open_model
+from backends.models.finding import find_model
+from backends.models.huggingface_config import config_from_huggingface
+from backends.models.loading import ModelSource, fingerprint, open_model
 from backends.models.stage_model import StageModel
 from backends.reference import generate_in_one_process
 from backends.sampling import Sampling
@@ -29,6 +30,9 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+
+
+TOKENS = torch.randint(0, 160, (150,), generator=torch.Generator().manual_seed(3)).tolist()
 
 
 def transformers_logits(folder: Path, tokens: list[int]) -> torch.Tensor:
@@ -60,9 +64,31 @@ def all_logits(model: StageModel, tokens: list[int]) -> torch.Tensor:
 )
 def test_logits_equal_transformers(tmp_path: Path, changes: dict[str, Any]) -> None:
     source = tiny_source(tmp_path / "model", **changes)
-    tokens = torch.randint(0, 160, (150,), generator=torch.Generator().manual_seed(3)).tolist()
-    expected = transformers_logits(tmp_path / "model", tokens)
-    torch.testing.assert_close(all_logits(StageModel(source, 0, 4), tokens), expected, atol=2e-4, rtol=1e-4)
+    expected = transformers_logits(tmp_path / "model", TOKENS)
+    torch.testing.assert_close(all_logits(StageModel(source, 0, 4), TOKENS), expected, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILY_CONFIGS if name != "llama"])
+@pytest.mark.parametrize("written_by", ["config files of old", "transformers"])
+def test_logits_of_every_family_equal_transformers(tmp_path: Path, family: str, written_by: str) -> None:
+    folder = save_tiny(tmp_path / "model", **FAMILY_CONFIGS[family])
+    expected = transformers_logits(folder, TOKENS)
+    if written_by == "transformers":
+        transformers = pytest.importorskip("transformers")
+        folder = tmp_path / "again"
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model").save_pretrained(folder)
+    got = all_logits(StageModel(open_model(folder), 0, 4), TOKENS)
+    torch.testing.assert_close(got, expected, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILY_CONFIGS if name != "qwen2-windows"])
+def test_a_gguf_file_holds_the_same_model_as_a_folder(tmp_path: Path, family: str) -> None:
+    changes = dict(FAMILY_CONFIGS[family])
+    if family == "gemma3":  # GGUF files do not store it
+        changes["query_pre_attn_scalar"] = changes["head_dim"]
+    folder = save_tiny(tmp_path / "model", **changes)
+    models = [StageModel(open_model(path), 0, 4) for path in (folder, save_gguf(folder, tmp_path / "model.gguf"))]
+    assert torch.equal(all_logits(models[0], TOKENS), all_logits(models[1], TOKENS))
 
 
 def test_shards_hold_the_same_model_as_one_file(tmp_path: Path) -> None:

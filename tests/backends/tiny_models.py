@@ -1,20 +1,58 @@
-"""Random Llama models of a few kilobytes, and a pipeline of stages chained in this process."""
+"""Random models of a few kilobytes of every family, and a pipeline of stages chained in this process."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import gguf
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from backends.models.llama import read_layer
+from backends.models.decoder import read_layer
 from backends.models.loading import ModelSource, open_model
 from backends.models.stage_model import StageModel
 from backends.sampling import Sampling
 from pipesim.scheduling.runs import Run, RunKind
 
-__all__ = ["Chain", "prefill_runs", "read_layer", "save_tiny", "tiny_config", "tiny_source"]
+__all__ = [
+    "FAMILY_CONFIGS",
+    "Chain",
+    "prefill_runs",
+    "read_layer",
+    "save_gguf",
+    "save_tiny",
+    "tiny_config",
+    "tiny_source",
+]
+
+FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"model_type": "mistral", "sliding_window": 70},
+    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen2-windows": {
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "max_window_layers": 2,
+    },
+    "qwen3": {"model_type": "qwen3", "head_dim": 32, "rope_theta": 1e6},
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "head_dim": 32,
+        "num_key_value_heads": 1,
+        "tie_word_embeddings": True,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": 24,
+        "sliding_window": 64,
+        "sliding_window_pattern": 3,
+        "rope_theta": 1e6,
+        "rope_local_base_freq": 1e4,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    },
+}
+"""Changes to the tiny Llama that make one of each family (windows in the way of tests' prompts, not of blocks)."""
 
 
 def tiny_config(**changes: Any) -> dict[str, Any]:
@@ -46,8 +84,14 @@ def random_weights(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Ten
     def matrix(outputs: int, inputs: int) -> torch.Tensor:
         return torch.randn(outputs, inputs, generator=generator) * inputs**-0.5
 
-    def norm() -> torch.Tensor:
-        return 1 + 0.1 * torch.randn(hidden, generator=generator)
+    family = config["model_type"]
+    offset = 1.0 if family == "gemma3_text" else 0.0
+
+    def vector(size: int, mean: float = 0.0) -> torch.Tensor:
+        return mean + 0.1 * torch.randn(size, generator=generator)
+
+    def norm(size: int = hidden) -> torch.Tensor:
+        return vector(size, 1.0 - offset)
 
     weights = {"model.embed_tokens.weight": torch.randn(vocabulary, hidden, generator=generator)}
     for layer in range(config["num_hidden_layers"]):
@@ -63,6 +107,13 @@ def random_weights(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Ten
             prefix + "mlp.up_proj.weight": matrix(inner, hidden),
             prefix + "mlp.down_proj.weight": matrix(hidden, inner),
         }
+        if family == "qwen2":
+            for name, size in (("q", heads), ("k", kv), ("v", kv)):
+                weights[f"{prefix}self_attn.{name}_proj.bias"] = vector(size * head_dim)
+        if family in ("qwen3", "gemma3_text"):
+            weights |= {f"{prefix}self_attn.{name}_norm.weight": norm(head_dim) for name in "qk"}
+        if family == "gemma3_text":
+            weights |= {f"{prefix}{place}_feedforward_layernorm.weight": norm() for place in ("pre", "post")}
     weights["model.norm.weight"] = norm()
     if not config["tie_word_embeddings"]:
         weights["lm_head.weight"] = matrix(vocabulary, hidden)
@@ -87,6 +138,48 @@ def save_tiny(folder: Path, shards: int = 1, seed: int = 0, **changes: Any) -> P
         index |= dict.fromkeys(part, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     return folder
+
+
+def save_gguf(folder: Path, file: Path) -> Path:
+    """The tiny model of ``folder`` as a GGUF file in float32, as the usual converters write it."""
+    config = json.loads((folder / "config.json").read_text())
+    family, heads = config["model_type"], config["num_attention_heads"]
+    architecture = {"mistral": "llama", "gemma3_text": "gemma3"}.get(family, family)
+    writer = gguf.GGUFWriter(file, architecture)
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config["rope_theta"])
+    if "head_dim" in config:
+        writer.add_key_length(config["head_dim"])
+        writer.add_value_length(config["head_dim"])
+    if "sliding_window" in config:
+        writer.add_sliding_window(config["sliding_window"])
+    if "sliding_window_pattern" in config:
+        writer.add_uint32(f"{architecture}.attention.sliding_window_pattern", config["sliding_window_pattern"])
+    if "rope_scaling" in config:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(config["rope_scaling"]["factor"])
+    arch = gguf.MODEL_ARCH[{"llama": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3", "gemma3": "GEMMA3"}[architecture]]
+    names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
+    for name, weight in load_file(folder / "model.safetensors").items():
+        stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert stored is not None, name
+        if family == "gemma3_text" and "norm" in name:
+            weight = weight + 1
+        if architecture == "llama" and re.search(r"[qk]_proj", name):
+            of = heads if "q_proj" in name else config["num_key_value_heads"]
+            weight = weight.view(of, 2, -1, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
+        writer.add_tensor(stored, weight.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
 
 
 def tiny_source(folder: Path, **changes: Any) -> ModelSource:

@@ -1,0 +1,205 @@
+"""The decoder layer that all families share: its weights, and one run through such layers."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from backends.models.attention import AttentionTile, attend, plan_tiles
+from backends.models.config import LayerKind, ModelConfig
+from backends.models.exact import Tiling, tiled_linear
+from backends.models.loading import ModelSource
+from backends.models.rowwise import gated, rms_norm
+from pipesim.errors import BadInputError
+from pipesim.scheduling.cells import CellTable
+from pipesim.scheduling.runs import Run, RunKind
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """One decoder layer: ``qkv`` is ``[qkv_width, hidden]``, ``gate_up`` ``[2 * intermediate, hidden]``.
+
+    None stands for what the model's family does not have. ``qk_norm`` is ``[heads + kv_heads, head_dim]``, the queries'
+    norm for each query head, then the keys'.
+    """
+
+    kind: LayerKind
+    attention_norm: torch.Tensor
+    qkv: torch.Tensor
+    qkv_bias: torch.Tensor | None
+    qk_norm: torch.Tensor | None
+    output: torch.Tensor
+    post_attention_norm: torch.Tensor | None
+    mlp_norm: torch.Tensor
+    gate_up: torch.Tensor
+    down: torch.Tensor
+    post_mlp_norm: torch.Tensor | None
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All weights that the family has."""
+        fields = (getattr(self, name) for name in self.__dataclass_fields__)
+        return [field for field in fields if isinstance(field, torch.Tensor)]
+
+
+def read_weight(source: ModelSource, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """One weight, its shape checked."""
+    weight = source.read(name)
+    if tuple(weight.shape) != shape:
+        raise BadInputError(
+            f"{source.path}: weight {name!r} has shape {list(weight.shape)}, the config asks for {list(shape)}"
+        )
+    return weight.to(dtype).contiguous()
+
+
+def read_layer(source: ModelSource, index: int, dtype: torch.dtype) -> LayerWeights:
+    """Layer ``index`` of the model, its parallel projections fused; matrices in ``dtype``, vectors in float32."""
+    c, family = source.config, source.config.family
+    queries, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
+
+    def matrix(name: str, outputs: int, inputs: int) -> torch.Tensor:
+        return read_weight(source, f"model.layers.{index}.{name}.weight", (outputs, inputs), dtype)
+
+    def vector(name: str, size: int = c.hidden) -> torch.Tensor:
+        return read_weight(source, f"model.layers.{index}.{name}", (size,), torch.float32)
+
+    projections = (("self_attn.q_proj", queries), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv))
+    head_norms = (("self_attn.q_norm.weight", c.heads), ("self_attn.k_norm.weight", c.kv_heads))
+    mlp_norm = "pre_feedforward_layernorm.weight" if family.post_norms else "post_attention_layernorm.weight"
+    return LayerWeights(
+        kind=c.kinds[index],
+        attention_norm=vector("input_layernorm.weight"),
+        qkv=torch.cat([matrix(name, size, c.hidden) for name, size in projections]),
+        qkv_bias=torch.cat([vector(f"{name}.bias", size) for name, size in projections]) if family.qkv_bias else None,
+        qk_norm=torch.cat([vector(name, c.head_dim).expand(heads, -1) for name, heads in head_norms])
+        if family.qk_norm
+        else None,
+        output=matrix("self_attn.o_proj", c.hidden, queries),
+        post_attention_norm=vector("post_attention_layernorm.weight") if family.post_norms else None,
+        mlp_norm=vector(mlp_norm),
+        gate_up=torch.cat([matrix(f"mlp.{name}_proj", c.intermediate, c.hidden) for name in ("gate", "up")]),
+        down=matrix("mlp.down_proj", c.hidden, c.intermediate),
+        post_mlp_norm=vector("post_feedforward_layernorm.weight") if family.post_norms else None,
+    )
+
+
+class KvCache:
+    """Keys and values of one session on one stage, and the rotary tables of each of its layers' ``kinds``.
+
+    ``keys`` and ``values`` are ``[layers, kv_heads, cells, head_dim]`` each.
+    """
+
+    def __init__(self, config: ModelConfig, kinds: Sequence[LayerKind], cells: int) -> None:
+        shape = (len(kinds), config.kv_heads, cells, config.head_dim)
+        # Zeros, not whatever memory held: masked cells meet a weight of zero, and zero times NaN is NaN.
+        self.keys = torch.zeros(shape)
+        self.values = torch.zeros(shape)
+        self.rotary = {kind: rotary_tables(kind, config.head_dim, cells) for kind in dict.fromkeys(kinds)}
+
+
+def rotary_tables(kind: LayerKind, head_dim: int, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines, and sines signed for the swapped halves, both ``[positions, 1, head_dim]`` (RoPE, arXiv 2104.09864)."""
+    pairs = torch.arange(0, head_dim, 2, dtype=torch.float32)
+    frequencies = 1.0 / kind.rope_theta ** (pairs / head_dim)
+    if kind.rope_factors:
+        frequencies = frequencies / torch.tensor(kind.rope_factors)
+    angles = torch.outer(torch.arange(positions, dtype=torch.float32), frequencies).double()
+    cos, sin = angles.cos().float(), angles.sin().float()
+    return torch.cat((cos, cos), -1).unsqueeze(1), torch.cat((-sin, sin), -1).unsqueeze(1)
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What a run needs to know in layers of one kind: its rows' rotations, and what each of its tiles attends to."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    tiles: tuple[AttentionTile, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RunPlan:
+    """All that the layers need to know of a run, worked out once: tiles, cells, and a look for each kind of layer.
+
+    Rows are padded to ``padded`` in total; ``bounds`` are the tiles' row ranges.
+    """
+
+    rows: int
+    padded: int
+    bounds: tuple[tuple[int, int], ...]
+    cells: torch.Tensor
+    looks: Mapping[LayerKind, Look]
+
+
+def plan_run(run: Run, cells: Sequence[int], table: CellTable, cache: KvCache, tiling: Tiling) -> RunPlan:
+    """Prepares ``run``, which ``table`` has admitted last and given ``cells``.
+
+    A prefill chunk is always computed as a whole, so it is one tile of whatever size; other rows go by ``tiling``.
+    """
+    rows = run.rows
+    padded, bounds = (rows, ((0, rows),)) if run.kind is RunKind.PREFILL else tiling.split(rows)
+    positions = torch.tensor(run.positions + (0,) * (padded - rows))
+    windows = {kind.window for kind in cache.rotary}
+    tiles = [plan_tiles(table, run, start, min(stop, rows), stop, windows) for start, stop in bounds]
+    return RunPlan(
+        rows=rows,
+        padded=padded,
+        bounds=bounds,
+        cells=torch.tensor(cells),
+        looks={
+            kind: Look(cos[positions], sin[positions], tuple(tile[kind.window] for tile in tiles))
+            for kind, (cos, sin) in cache.rotary.items()
+        },
+    )
+
+
+def run_layers(
+    hidden: torch.Tensor,
+    layers: Sequence[LayerWeights],
+    config: ModelConfig,
+    plan: RunPlan,
+    cache: KvCache,
+    should_stop: Callable[[], bool],
+) -> torch.Tensor | None:
+    """Sends ``hidden`` ``[padded, hidden]`` through ``layers``; None once ``should_stop()`` says so."""
+    eps, bounds = config.norm_eps, plan.bounds
+    for layer, keys, values in zip(layers, cache.keys, cache.values, strict=True):
+        if should_stop():
+            return None
+        attended = _attention(rms_norm(hidden, layer.attention_norm, eps), layer, config, plan, keys, values)
+        change = tiled_linear(attended, layer.output, bounds)
+        if layer.post_attention_norm is not None:
+            change = rms_norm(change, layer.post_attention_norm, eps)
+        hidden = hidden + change
+        gate_up = tiled_linear(rms_norm(hidden, layer.mlp_norm, eps), layer.gate_up, bounds)
+        change = tiled_linear(gated(gate_up, config.family.activation), layer.down, bounds)
+        if layer.post_mlp_norm is not None:
+            change = rms_norm(change, layer.post_mlp_norm, eps)
+        hidden = hidden + change
+    return hidden
+
+
+def _attention(
+    normed: torch.Tensor,
+    layer: LayerWeights,
+    config: ModelConfig,
+    plan: RunPlan,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+) -> torch.Tensor:
+    """Writes the rows' keys and values into their cells, then attends; returns ``[padded, heads * head_dim]``."""
+    heads, kv_heads, half, look = config.heads, config.kv_heads, config.head_dim // 2, plan.looks[layer.kind]
+    qkv = tiled_linear(normed, layer.qkv, plan.bounds)
+    if layer.qkv_bias is not None:  # not within the product: its kernels round differently by their rows
+        qkv = qkv + layer.qkv_bias
+    qkv = qkv.view(plan.padded, -1, config.head_dim)
+    qk, value = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
+    if layer.qk_norm is not None:
+        qk = rms_norm(qk, layer.qk_norm, config.norm_eps)
+    swapped = torch.cat((qk[..., half:], qk[..., :half]), -1)
+    qk = qk * look.cos + swapped * look.sin
+    keys.index_copy_(1, plan.cells, qk[: plan.rows, heads:].transpose(0, 1))
+    values.index_copy_(1, plan.cells, value[: plan.rows].transpose(0, 1))
+    queries = (qk[:, :heads] * config.query_scale).view(plan.padded, kv_heads, config.group, config.head_dim)
+    tiles = zip(plan.bounds, look.tiles, strict=True)
+    outputs = [attend(queries[start:stop], keys, values, tile) for (start, stop), tile in tiles]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
