@@ -13,6 +13,9 @@ from backends.processes import NodeProcess, Nursery
 from backends.transport import split_address
 from pipesim.errors import BadInputError, StageFailedError
 
+DRAFTERS = ("ngram", "planted", "layer-skip")
+"""Drafters by name; any other name is a draft model's."""
+
 
 @dataclass(frozen=True, slots=True)
 class StagePart:

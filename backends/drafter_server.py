@@ -136,13 +136,9 @@ def load_drafter(order: ConfigureDrafter) -> Drafter:
     if order.drafter == "layer-skip":
         return LayerSkipDrafter(source, order.max_context, order.skip_layers, dtype, order.threads)
     config = source.config
-    if config.vocabulary != order.vocabulary:
-        raise BadInputError(
-            f"drafter {order.drafter}: its vocabulary has {config.vocabulary} tokens, the target's "
-            f"{order.vocabulary}: use a draft model of the same family"
-        )
     max_context = min(order.max_context, config.max_context)
-    return ModelDrafter(StageModel(source, 0, config.layers, dtype, order.threads), max_context)
+    model = StageModel(source, 0, config.layers, dtype, order.threads)
+    return ModelDrafter(model, max_context, order.vocabulary)
 
 
 def plant(planted: Planted, seed: int, vocabulary: int) -> PlantedDrafter:

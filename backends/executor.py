@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from backends.cluster import ClusterPlan, DrafterPart, running_pipeline, stage_parts
+from backends.cluster import DRAFTERS, ClusterPlan, DrafterPart, running_pipeline, stage_parts
 from backends.control import Planted
 from backends.head import Head
 from backends.models.config import ModelConfig
@@ -23,6 +23,7 @@ from backends.placement import split_layers
 from backends.probing import DraftCosts, Drafts, Prober
 from backends.sampling import Sampling
 from backends.serve import serve
+from backends.text_stream import TextStream
 from backends.tokenizer import ModelTokenizer, open_tokenizer
 from pipesim.acceptance_trace import FORMAT, AcceptanceTrace, RecordedSampling
 from pipesim.errors import BadInputError
@@ -70,6 +71,9 @@ class _Job:
             threads=execution.threads_per_stage,
             startup_timeout_s=execution.startup_timeout_s,
         )
+
+    def stream(self) -> TextStream:
+        return self.tokenizer.stream(self.scenario.workload.stop)
 
     def plain(self) -> Scheduler:
         """A scheduler for plain decoding of the same text."""
@@ -162,18 +166,38 @@ def _prepare(scenario: Scenario) -> _Job:
         raise BadInputError("acceptance: the planted drafter needs this section with kind: iid or markov")
     tokenizer = open_tokenizer(source)
     prompt = _encode(tokenizer, workload.prompt, workload.chat)
+    if scenario.policy.build().limits.nodes and scenario.execution.drafter not in DRAFTERS:
+        _check_draft_model(scenario, tokenizer)
     if len(prompt) + workload.max_new_tokens > config.max_context:
         raise BadInputError(
             f"workload: {len(prompt)} prompt tokens and max_new_tokens = {workload.max_new_tokens} exceed the context "
             f"of {config.max_context} tokens that {scenario.model.name} has: shorten the prompt or generate fewer"
         )
     stop = () if workload.ignore_eos else tokenizer.eos_ids
-    sampling = Sampling(workload.temperature, workload.top_k or 0, workload.top_p or 1.0, scenario.seed)
+    sampling = Sampling(
+        temperature=workload.temperature,
+        top_k=workload.top_k or 0,
+        top_p=workload.top_p or 1.0,
+        min_p=workload.min_p or 0.0,
+        repetition_penalty=workload.repetition_penalty or 1.0,
+        seed=scenario.seed,
+    )
     started = GenerationStarted(prompt, workload.max_new_tokens, stop)
     # a known name each machine finds for itself; a path must lead to the same files everywhere
     name = scenario.model.name
     model = name if name in KNOWN_MODELS or is_hub_name(name) else str(source.path.resolve())
     return _Job(scenario, model, config, tokenizer, started, sampling)
+
+
+def _check_draft_model(scenario: Scenario, tokenizer: ModelTokenizer) -> None:
+    """Raises BadInputError if the draft model's tokens are not the target's."""
+    drafter = scenario.execution.drafter
+    conflict = tokenizer.conflict(open_tokenizer(open_model(drafter)))
+    if conflict:
+        raise BadInputError(
+            f"execution.drafter = {drafter}: its vocabulary is not that of {scenario.model.name}: {conflict}; "
+            "use a smaller model of the same family"
+        )
 
 
 def _encode(tokenizer: ModelTokenizer, prompt: str, chat: bool) -> tuple[int, ...]:
@@ -207,7 +231,7 @@ async def _stream(
 ) -> RealResult:
     """One generation, its text shown as it comes."""
     recorder = job.recorder(scheduler, events)
-    stream, pieces, count = job.tokenizer.stream(), list[str](), 0
+    stream, pieces, count = job.stream(), list[str](), 0
 
     def show(piece: str) -> None:
         pieces.append(piece)
@@ -216,10 +240,12 @@ async def _stream(
             rate = seen.drafted_accepted / seen.drafted_verified if seen.drafted_verified else None
             on_text(Progress(piece, count, rate))
 
-    def on_tokens(tokens: tuple[int, ...]) -> None:
+    def on_tokens(tokens: tuple[int, ...]) -> int | None:
         nonlocal count
-        count += len(tokens)
-        show(stream.feed(tokens))
+        piece = stream.feed(tokens)
+        count = count + len(tokens) if stream.ended is None else stream.ended
+        show(piece)
+        return stream.ended
 
     await Head(pipeline, recorder, on_tokens).generate(job.started, job.sampling, planted)
     if rest := stream.finish():
@@ -229,8 +255,13 @@ async def _stream(
 
 async def _generate(job: _Job, pipeline: Pipeline, scheduler: Scheduler) -> Trace:
     """A generation nobody watches, without drafts."""
-    recorder = job.recorder(scheduler)
-    await Head(pipeline, recorder, lambda _: None).generate(job.started, job.sampling)
+    recorder, stream = job.recorder(scheduler), job.stream()
+
+    def on_tokens(tokens: tuple[int, ...]) -> int | None:
+        stream.feed(tokens)
+        return stream.ended
+
+    await Head(pipeline, recorder, on_tokens).generate(job.started, job.sampling)
     return recorder.trace()
 
 

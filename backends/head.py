@@ -18,7 +18,7 @@ from pipesim.scheduling.commands import (
     RequestDraft,
     SubmitRun,
 )
-from pipesim.scheduling.events import DraftReturned, Event, GenerationStarted, RunReturned
+from pipesim.scheduling.events import DraftReturned, Event, GenerationStarted, RunReturned, StopStringMet
 
 _log = logging.getLogger(__name__)
 
@@ -26,10 +26,13 @@ _log = logging.getLogger(__name__)
 class Head:
     """One generation on ``pipeline``. A pipeline serves one head after another, as long as each comes to its end.
 
-    ``on_tokens`` hears committed tokens at once.
+    ``on_tokens`` hears committed tokens at once. It answers None, or after how many tokens of the generation the text
+    has come to a stop string.
     """
 
-    def __init__(self, pipeline: Pipeline, recorder: Recorder, on_tokens: Callable[[tuple[int, ...]], None]) -> None:
+    def __init__(
+        self, pipeline: Pipeline, recorder: Recorder, on_tokens: Callable[[tuple[int, ...]], int | None]
+    ) -> None:
         self._pipeline = pipeline
         self._recorder = recorder
         self._on_tokens = on_tokens
@@ -37,6 +40,8 @@ class Head:
         self._session: Session = pipeline.new_session()
         self._names = ["head", *(f"stage {index}" for index in range(len(pipeline.stages))), "head"]
         self._released = False
+        self._stopped_after: int | None = None
+        self._stopped = False
 
     async def generate(self, started: GenerationStarted, sampling: Sampling, planted: Planted | None = None) -> None:
         """Returns when the user has all tokens, all runs are home, and the stages have forgotten the session.
@@ -64,6 +69,9 @@ class Head:
             event = self._note_draft(what, size) if isinstance(what, DraftReply) else self._note_frame(what, size)
             if event:
                 self._carry_out(recorder.handle(event, time.monotonic()))
+            if self._stopped_after is not None and not self._stopped:
+                self._stopped = True
+                self._carry_out(recorder.handle(StopStringMet(self._stopped_after), time.monotonic()))
 
     # -- commands ------------------------------------------------------------------------------------------------------
 
@@ -81,7 +89,7 @@ class Head:
                     for stage in self._names[1:-1]:
                         self._recorder.link_sent(f"head to {stage} (control)", size)
                 case EmitTokens(_, tokens):
-                    self._on_tokens(tokens)
+                    self._stopped_after = self._on_tokens(tokens)
                     if self._drafter:
                         self._order(ExtendText(tokens))
                 case ReleaseSession():

@@ -1,4 +1,4 @@
-"""Text to token ids and back: tokenizers of GGUF files and Hugging Face folders, chat templates, streaming."""
+"""Text to token ids and back: the tokenizers that come with models, and their chat templates."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -7,18 +7,14 @@ from typing import Any
 
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer
 
+from backends.gguf_tokenizer import tokenizer_from_gguf, wants_bos
 from backends.models.loading import GgufSource, ModelSource
+from backends.text_stream import TextStream
 from pipesim.errors import BadInputError
 
-_PATIENCE = 8  # tokens that may wait for the rest of a character: one has four bytes at most, special tokens none
-_CONTROL_TOKEN = 3  # GGUF token types
-_USER_DEFINED_TOKEN = 4
-_LLAMA3_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+_EXTENSIONS = ("jinja2.ext.loopcontrols",)  # templates use break and continue
 
 
 class ModelTokenizer:
@@ -43,6 +39,19 @@ class ModelTokenizer:
         """Token ids, special ones included."""
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
+    def conflict(self, other: "ModelTokenizer") -> str | None:
+        """Why tokens of one are not tokens of the other, if they differ: ids that both have must mean the same.
+
+        One may have more ids than the other: special tokens at the end, which the other never proposes.
+        """
+        mine, theirs = (one._tokenizer.get_vocab(with_added_tokens=True) for one in (self, other))
+        for token, index in sorted(mine.items(), key=lambda entry: entry[1]):
+            if theirs.get(token, index) != index:
+                return f"token {token!r} has id {index} in one and {theirs[token]} in the other"
+            if token not in theirs and (there := other._tokenizer.id_to_token(index)) is not None:
+                return f"id {index} is token {token!r} in one and {there!r} in the other"
+        return None
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a plain prompt, with the tokens that the model wants at its beginning."""
         ids = list(self._tokenizer.encode(text, add_special_tokens=True).ids)
@@ -56,7 +65,7 @@ class ModelTokenizer:
         """
         if self._chat_template is None:
             raise BadInputError("chat: this model has no chat template, give a plain prompt")
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=_EXTENSIONS)
         environment.globals["raise_exception"] = _refuse
         try:
             template = environment.from_string(self._chat_template)
@@ -69,57 +78,9 @@ class ModelTokenizer:
         """The text of ``ids`` without special tokens."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
-    def stream(self) -> "TextStream":
-        """A fresh detokenizer for one generation."""
-        return TextStream(self)
-
-
-class TextStream:
-    """Turns tokens into text as they come, never showing half a character: ``feed``, ``feed``, ..., ``finish``."""
-
-    def __init__(self, tokenizer: ModelTokenizer) -> None:
-        self._tokenizer = tokenizer
-        # Decoders may join tokens with what stands before, so the last shown tokens stay in front as context.
-        self._context: list[int] = []
-        self._waiting: list[int] = []
-
-    def feed(self, ids: Sequence[int]) -> str:
-        """The text that ``ids`` complete, however they are cut; incomplete characters wait for the next tokens.
-
-        What still looks incomplete after more than 8 tokens is none, but U+FFFD or bytes that are no text.
-        """
-        return "".join(self._add(token) for token in ids)  # one at a time: the same text, however runs group them
-
-    def _add(self, token: int) -> str:
-        self._waiting.append(token)
-        piece = self._piece()
-        if piece and not piece.endswith("\ufffd"):
-            return self._show(piece, len(self._waiting))
-        if len(self._waiting) <= _PATIENCE:
-            return ""
-        # only the last character can still change: the longest part that ends before it is shown
-        for cut in range(len(self._waiting) - 1, 0, -1):
-            beginning = self._piece(cut)
-            if beginning and piece[:-1].startswith(beginning):
-                return self._show(beginning, cut)
-        return self._show(piece, len(self._waiting))
-
-    def _show(self, piece: str, tokens: int) -> str:
-        if piece:
-            self._context = self._waiting[:tokens]
-        self._waiting = self._waiting[tokens:]
-        return piece
-
-    def finish(self) -> str:
-        """Whatever still waits, an unfinished character as U+FFFD."""
-        piece = self._piece()
-        self._context, self._waiting = [], []
-        return piece
-
-    def _piece(self, tokens: int | None = None) -> str:
-        """What the first ``tokens`` that wait (None: all) add to the text."""
-        shown = self._tokenizer.decode(self._context)
-        return self._tokenizer.decode(self._context + self._waiting[:tokens])[len(shown) :]
+    def stream(self, stop: Sequence[str] = ()) -> TextStream:
+        """A fresh detokenizer for one generation, which ends before the first of the ``stop`` strings."""
+        return TextStream(self.decode, stop)
 
 
 def open_tokenizer(source: ModelSource) -> ModelTokenizer:
@@ -133,47 +94,14 @@ def open_tokenizer(source: ModelSource) -> ModelTokenizer:
 
 def _from_gguf(source: GgufSource) -> ModelTokenizer:
     metadata = source.file.metadata
-    kind = metadata.get("tokenizer.ggml.model")
-    if kind != "gpt2":
-        raise BadInputError(
-            f"{source.path}: tokenizer model {kind!r} is not supported, only byte-level BPE ('gpt2'): "
-            "use the model's safetensors folder with its tokenizer.json"
-        )
-    tokens: list[str] = metadata["tokenizer.ggml.tokens"]
-    merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", [])]
-    words = metadata.get("tokenizer.ggml.pre", "gpt-2")
-    tokenizer = Tokenizer(
-        models.BPE({token: i for i, token in enumerate(tokens)}, merges, ignore_merges=words == "llama-bpe")
-    )
-    tokenizer.pre_tokenizer = _pre_tokenizer(str(words), source.path)
-    tokenizer.decoder = decoders.ByteLevel()
-    types = metadata.get("tokenizer.ggml.token_type", [])
-    added = [(token, kind) for token, kind in zip(tokens, types, strict=False) if kind != 1]
-    tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t, k in added if k == _CONTROL_TOKEN])
-    tokenizer.add_tokens([AddedToken(t, normalized=False) for t, k in added if k == _USER_DEFINED_TOKEN])
+    tokens: list[str] = metadata.get("tokenizer.ggml.tokens", [])
     ids = {name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
     return ModelTokenizer(
-        tokenizer,
+        tokenizer_from_gguf(metadata, str(source.path)),
         source.config.eos_ids,
-        bos_id=ids["bos"] if metadata.get("tokenizer.ggml.add_bos_token", words == "llama-bpe") else None,
+        bos_id=ids["bos"] if wants_bos(metadata) else None,
         chat_template=metadata.get("tokenizer.chat_template"),
         specials={f"{name}_token": tokens[index] for name, index in ids.items() if index is not None},
-    )
-
-
-def _pre_tokenizer(words: str, path: Path) -> pre_tokenizers.PreTokenizer:
-    if words == "smollm":
-        return pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        )
-    if words in ("gpt-2", "default"):
-        return pre_tokenizers.ByteLevel(add_prefix_space=False)
-    if words == "llama-bpe":
-        split = pre_tokenizers.Split(Regex(_LLAMA3_WORDS), behavior="isolated")
-        return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    raise BadInputError(
-        f"{path}: pre-tokenizer {words!r} is not supported (only smollm, gpt-2, llama-bpe): "
-        "use the model's safetensors folder with its tokenizer.json"
     )
 
 
@@ -190,6 +118,8 @@ def _from_folder(source: ModelSource) -> ModelTokenizer:
     template = _optional_text(source.path / "chat_template.jinja")
     if template is None:
         template = settings.get("chat_template")
+    if isinstance(template, list):  # several, by purpose
+        template = next((one.get("template") for one in template if one.get("name") == "default"), None)
     return ModelTokenizer(
         tokenizer,
         tuple(dict.fromkeys([*source.config.eos_ids, *ends])),

@@ -27,6 +27,10 @@ class RecordedSampling(Section):
     """1: all tokens."""
     seed: int
     """Of the sampling noise, and of what a planted drafter gets wrong."""
+    min_p: float = 0.0
+    """0: all tokens."""
+    repetition_penalty: float = 1.0
+    """1: none."""
 
 
 class AcceptanceTrace(Section):

@@ -17,7 +17,7 @@ from pipesim.scheduling.commands import (
     ReleaseSession,
     SubmitRun,
 )
-from pipesim.scheduling.events import Event, GenerationStarted, RunReturned
+from pipesim.scheduling.events import Event, GenerationStarted, RunReturned, StopStringMet
 from pipesim.scheduling.runs import Run
 from pipesim.scheduling.scheduler import Scheduler
 from pipesim.trace import DraftSpan, Emission, Latency, RunRecord, StageSpan, Trace
@@ -51,6 +51,9 @@ class Observer(ABC):
             self._returned(event.run_id, now)
         elif type(event) is GenerationStarted:
             self._prompt_tokens = len(event.prompt)
+        elif type(event) is StopStringMet:
+            self._reason = FinishReason.STOP  # though the length may have ended it at the same time
+            self._cut(self._prompt_tokens + event.tokens)
         commands = self.scheduler.handle(event, now / self._ticks_per_s)
         if self._log:
             self._log.write(now / self._ticks_per_s, event, commands)
@@ -110,6 +113,10 @@ class Observer(ABC):
     @abstractmethod
     def _all_emitted(self, now: float) -> None: ...
 
+    def _cut(self, end: int) -> None:
+        """What was emitted from position ``end`` on is no text."""
+        raise InvariantError("a stop string was met where nobody keeps the text")
+
 
 class Recorder(Observer):
     """Keeps everything for a trace. Rows are plain tuples until the end: this code runs once per simulated event."""
@@ -159,6 +166,13 @@ class Recorder(Observer):
 
     def _all_emitted(self, now: float) -> None:
         pass
+
+    def _cut(self, end: int) -> None:
+        self._emissions = [
+            (now, EmitTokens(one.position, one.tokens[: end - one.position]))
+            for now, one in self._emissions
+            if one.position < end
+        ]
 
     def trace(self) -> Trace:
         """All that was recorded so far."""

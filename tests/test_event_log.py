@@ -19,6 +19,7 @@ from pipesim.scheduling.events import (
     PipelineRestored,
     RunReturned,
     StageLost,
+    StopStringMet,
 )
 from pipesim.scheduling.runs import END, Run, RunKind, SequenceCopy, SequenceRemove
 from pipesim.scheduling.tree import DraftTree
@@ -43,6 +44,7 @@ events = st.one_of(
     st.builds(StageLost, st.integers(0, 9), st.text()),
     st.just(PipelineRestored()),
     st.builds(GenerationAborted, st.text()),
+    st.builds(StopStringMet, st.integers(1, 9)),
 )
 commands = st.one_of(
     runs.map(SubmitRun),

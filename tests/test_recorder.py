@@ -3,8 +3,8 @@ from scenario_builder import build
 
 from pipesim.errors import InvariantError
 from pipesim.recorder import Recorder
-from pipesim.scheduling.commands import EndRun, Outcome, ReleaseSession
-from pipesim.scheduling.events import GenerationAborted, GenerationStarted, RunReturned
+from pipesim.scheduling.commands import EndRun, FinishReason, Outcome, ReleaseSession
+from pipesim.scheduling.events import GenerationAborted, GenerationStarted, RunReturned, StopStringMet
 from pipesim.scheduling.policy import make_policy
 from pipesim.scheduling.runs import RunKind
 from pipesim.scheduling.scheduler import Scheduler
@@ -43,6 +43,19 @@ def test_an_unfinished_generation_leaves_an_honest_trace() -> None:
     assert (trace.finished_s, trace.drained_s, trace.finish_reason, trace.complete) == (None, None, None, False)
     assert trace.runs[0].outcome is None
     assert trace.runs[0].returned_s is None
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3])
+def test_what_followed_a_stop_string_is_no_text(tokens: int) -> None:
+    recorder = Recorder(Scheduler(make_policy("autoregressive")), 0, ["stage 0"])
+    recorder.handle(GenerationStarted((1, 2), 3), 0.0)
+    for run, token in enumerate((7, 8, 9)):
+        recorder.handle(RunReturned(run, (token,)), 1.0 + run)
+    recorder.handle(StopStringMet(tokens), 5.0)
+    trace = recorder.trace()
+    assert trace.tokens == (7, 8, 9)[:tokens]
+    assert trace.complete
+    assert trace.finish_reason is FinishReason.STOP, "even where the length would have ended it as well"
 
 
 def test_an_aborted_generation_is_not_complete() -> None:

@@ -25,12 +25,16 @@ Path = tuple[int, ...]
 class ModelDrafter(Drafter):
     """Drafts with ``model``, which holds all layers of the draft model; texts of up to ``max_context`` tokens.
 
+    Of models of one family the larger ones often have a few more embeddings, none of which stands for a token. Only
+    tokens below ``vocabulary``, the target's, are proposed (None: all); after one that the draft model does not know,
+    nothing is.
+
     Candidates rank by the target's own noise (see ``sampling.py``), so at any temperature the best one is what this
     model would have sampled; the confidence is the plain softmax probability. All branches of a level are one batch.
     KV cells stay between requests: only what the text does not share with the last request is computed anew.
     """
 
-    def __init__(self, model: StageModel, max_context: int) -> None:
+    def __init__(self, model: StageModel, max_context: int, vocabulary: int | None = None) -> None:
         if not (model.is_first and model.is_last):
             raise BadInputError("model drafter: the draft model must hold all of its layers")
         if not 0 < max_context <= model.config.max_context:
@@ -39,7 +43,7 @@ class ModelDrafter(Drafter):
                 f"{model.config.max_context}"
             )
         super().__init__()
-        self._model, self._max_context = model, max_context
+        self._model, self._max_context, self._vocabulary = model, max_context, vocabulary
         self._open = False
         self._forget()
 
@@ -62,7 +66,7 @@ class ModelDrafter(Drafter):
     def prepare(self, context: Sequence[int], request: RequestDraft, abandoned: Callable[[], bool]) -> None:
         """Brings the KV cells to ``context`` and computes the candidates that follow it."""
         self._request, self._abandoned = request, abandoned
-        if len(context) > self._max_context:
+        if len(context) > self._max_context or max(context) >= self._model.config.vocabulary:
             self._ranked = {(): []}  # beyond its reach it proposes nothing
             return
         self._settle(context)
@@ -74,12 +78,12 @@ class ModelDrafter(Drafter):
             rows = self._compute(kind, tokens, positions, (_EVERYONE,) * len(tokens), unread)
             self._cached += tokens
             for logits in rows:
-                self._ranked[()] = self._rank(logits, len(context))
+                self._ranked[()] = self._rank(logits, context)
 
     def candidates_after(self, context: Sequence[int], path: Path) -> Sequence[Candidate]:
         """The model's candidates after ``context + path``; the first call of a level computes the whole level."""
         if path not in self._ranked:
-            self._compute_level(self._level(path), len(context))
+            self._compute_level(self._level(path), context)
         return self._ranked.get(path, [])
 
     def trace(
@@ -99,7 +103,7 @@ class ModelDrafter(Drafter):
             except Abandoned:
                 return None
             self._cached += chunk
-            found += [tuple(self._rank(row, at + 1)) for row, at in zip(rows, positions, strict=True)]
+            found += [tuple(self._rank(row, tokens[: at + 1])) for row, at in zip(rows, positions, strict=True)]
         return found
 
     def _settle(self, context: Sequence[int]) -> None:
@@ -141,7 +145,8 @@ class ModelDrafter(Drafter):
         unknown = [tip for tip in dict.fromkeys(tips) if tip not in self._ranked]
         return unknown[: min(max(1, self._request.branches), _NODES - len(self._nodes))]
 
-    def _compute_level(self, paths: list[Path], base: int) -> None:
+    def _compute_level(self, paths: list[Path], context: Sequence[int]) -> None:
+        base = len(context)
         if not paths or base + len(paths[0]) > self._max_context:
             return
         for path in paths:
@@ -157,7 +162,7 @@ class ModelDrafter(Drafter):
             0,
         )
         for path, logits in zip(paths, rows, strict=True):
-            self._ranked[path] = self._rank(logits, base + len(path))
+            self._ranked[path] = self._rank(logits, [*context, *path])
 
     def _compute(
         self, kind: RunKind, tokens: Path, positions: Path, sequences: Path, first_output_row: int
@@ -171,11 +176,11 @@ class ModelDrafter(Drafter):
             self._operations = [SequenceRemove(_EVERYONE, len(self._cached), END)]
             self._nodes, self._ranked = {}, {}
             raise Abandoned
-        return logits.numpy()
+        return logits[:, : self._vocabulary].numpy()
 
-    def _rank(self, logits: npt.NDArray[np.float32], position: int) -> list[Candidate]:
-        """The ``WIDTH`` best candidates for ``position``; equals rank by token id."""
-        scores = self.sampling.scores(logits, position)
+    def _rank(self, logits: npt.NDArray[np.float32], text: Sequence[int]) -> list[Candidate]:
+        """The ``WIDTH`` best candidates for what follows ``text``; equals rank by token id."""
+        scores = self.sampling.scores(logits, len(text), text)
         width = min(WIDTH, len(scores))
         best = np.sort(np.argpartition(-scores, width - 1)[:width])
         best = best[np.argsort(-scores[best], kind="stable")]

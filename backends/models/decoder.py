@@ -59,6 +59,14 @@ def read_layer(source: ModelSource, index: int, dtype: torch.dtype) -> LayerWeig
     def matrix(name: str, outputs: int, inputs: int) -> torch.Tensor:
         return read_weight(source, f"model.layers.{index}.{name}.weight", (outputs, inputs), dtype)
 
+    def fused(*parts: tuple[str, int]) -> torch.Tensor:
+        """Written where it stays, one part at a time."""
+        whole, start = torch.empty(sum(outputs for _, outputs in parts), c.hidden, dtype=dtype), 0
+        for name, outputs in parts:
+            whole[start : start + outputs] = matrix(name, outputs, c.hidden)
+            start += outputs
+        return whole
+
     def vector(name: str, size: int = c.hidden) -> torch.Tensor:
         return read_weight(source, f"model.layers.{index}.{name}", (size,), torch.float32)
 
@@ -68,7 +76,7 @@ def read_layer(source: ModelSource, index: int, dtype: torch.dtype) -> LayerWeig
     return LayerWeights(
         kind=c.kinds[index],
         attention_norm=vector("input_layernorm.weight"),
-        qkv=torch.cat([matrix(name, size, c.hidden) for name, size in projections]),
+        qkv=fused(*projections),
         qkv_bias=torch.cat([vector(f"{name}.bias", size) for name, size in projections]) if family.qkv_bias else None,
         qk_norm=torch.cat([vector(name, c.head_dim).expand(heads, -1) for name, heads in head_norms])
         if family.qk_norm
@@ -76,7 +84,7 @@ def read_layer(source: ModelSource, index: int, dtype: torch.dtype) -> LayerWeig
         output=matrix("self_attn.o_proj", c.hidden, queries),
         post_attention_norm=vector("post_attention_layernorm.weight") if family.post_norms else None,
         mlp_norm=vector(mlp_norm),
-        gate_up=torch.cat([matrix(f"mlp.{name}_proj", c.intermediate, c.hidden) for name in ("gate", "up")]),
+        gate_up=fused(("mlp.gate_proj", c.intermediate), ("mlp.up_proj", c.intermediate)),
         down=matrix("mlp.down_proj", c.hidden, c.intermediate),
         post_mlp_norm=vector("post_feedforward_layernorm.weight") if family.post_norms else None,
     )

@@ -66,12 +66,15 @@ def _from_hub(name: str) -> Path:
     except LocalEntryNotFoundError:
         pass
     try:
-        return snapshot(local=False)
+        downloaded = snapshot(local=False)
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise BadInputError(
             f"model {name!r} is neither a path nor in the local Hugging Face cache, and cannot be downloaded: {reason}"
         ) from error
+    if not _is_whole(downloaded):
+        raise BadInputError(f"model {name!r}: {downloaded} lacks config.json or safetensors, and more cannot be had")
+    return downloaded
 
 
 def _is_whole(folder: Path) -> bool:

@@ -33,6 +33,17 @@ _SCALARS = {
 }
 
 
+_AT_ONCE = 2**20  # values dequantized in one go
+
+
+def _plain(raw: npt.NDArray[np.uint8], kind: GGMLQuantizationType) -> npt.NDArray[np.float32]:
+    if kind == GGMLQuantizationType.F32:
+        return raw.view(np.float32)
+    if kind == GGMLQuantizationType.F16:
+        return raw.view(np.float16).astype(np.float32)
+    return np.asarray(dequantize(raw, kind), np.float32)
+
+
 class GgufFile:
     """Metadata (``metadata``), tensor shapes (``shapes``, outermost dimension first) and tensors of one file.
 
@@ -65,15 +76,18 @@ class GgufFile:
         size = math.prod(shape) // block * block_bytes
         if offset + size > len(self._bytes):
             raise BadInputError(f"{self.path} ends within tensor {name!r}: download it again")
-        raw = np.frombuffer(self._bytes, np.uint8, size, offset).reshape(*shape[:-1], shape[-1] // block * block_bytes)
-        if kind == GGMLQuantizationType.F32:
-            return raw.view(np.float32).copy()
-        if kind == GGMLQuantizationType.F16:
-            return raw.view(np.float16).astype(np.float32)
+        raw = np.frombuffer(self._bytes, np.uint8, size, offset).reshape(-1, shape[-1] // block * block_bytes)
+        tensor = np.empty((len(raw), shape[-1]), np.float32)
+        rows = max(1, _AT_ONCE // shape[-1])
         try:
-            return np.asarray(dequantize(raw, kind), np.float32)
+            for start in range(0, len(raw), rows):  # dequantizing takes several times the memory of its result
+                tensor[start : start + rows] = _plain(raw[start : start + rows], kind)
         except NotImplementedError as error:
             raise BadInputError(f"{self.path}: tensor {name!r} has unsupported quantization {kind.name}") from error
+        page = offset // mmap.PAGESIZE * mmap.PAGESIZE
+        if hasattr(mmap, "MADV_DONTNEED"):  # its pages are not needed again
+            self._bytes.madvise(mmap.MADV_DONTNEED, page, offset + size - page)
+        return tensor.reshape(shape)
 
     def _read_header(self) -> None:
         if self._bytes[:4] != b"GGUF":

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F  # noqa: N812
 
@@ -10,7 +12,7 @@ from backends.models.decoder import KvCache, plan_run, read_layer, read_weight, 
 from backends.models.exact import choose_tiling, pad_rows, tiled_linear
 from backends.models.loading import ModelSource
 from backends.models.rowwise import rms_norm
-from backends.sampling import Sampling
+from backends.sampling import History, Sampling
 from pipesim.errors import BadInputError, InvariantError
 from pipesim.scheduling.cells import CellTable
 from pipesim.scheduling.runs import Run
@@ -22,11 +24,22 @@ def _never() -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """One generation on this stage."""
+    """One generation on this stage. ``tokens`` holds the token of each KV cell."""
 
     table: CellTable
     cache: KvCache
     sampling: Sampling
+    tokens: npt.NDArray[np.int64]
+
+    def histories(self, run: Run) -> list[npt.NDArray[np.int64]]:
+        """For each output row of ``run``, which was admitted last, its text from position 0 to itself."""
+        prefix = self.table.shared_prefix()
+        shared = self.tokens[prefix]
+        found = []
+        for position, sequences in list(zip(run.positions, run.sequences, strict=True))[run.first_output_row :]:
+            own = self.table.visible(position, sequences, len(prefix))
+            found.append(np.concatenate((shared[: position + 1], self.tokens[own])))
+        return found
 
 
 class StageModel:
@@ -91,7 +104,8 @@ class StageModel:
         if kv_cells < 1 or sequences < 1:
             raise BadInputError(f"kv_cells {kv_cells} and sequences {sequences} must be at least 1")
         cache = KvCache(self.config, [layer.kind for layer in self._layers], kv_cells)
-        self._sessions[session] = Session(CellTable(kv_cells, sequences), cache, sampling)
+        tokens = np.zeros(kv_cells, np.int64)
+        self._sessions[session] = Session(CellTable(kv_cells, sequences), cache, sampling, tokens)
 
     def close_session(self, session: int) -> None:
         """Forgets the session and its KV cells."""
@@ -103,7 +117,10 @@ class StageModel:
 
         Call :meth:`forward` for a live run before the next run is admitted.
         """
-        return self._session(session).table.admit(run)
+        held = self._session(session)
+        cells = held.table.admit(run)
+        held.tokens[cells] = run.tokens
+        return cells
 
     def forward(
         self,
@@ -123,9 +140,11 @@ class StageModel:
         logits = self.logits(session, run, hidden, cells, should_stop)
         if logits is None:
             return None
-        sampling = self._session(session).sampling
+        held = self._session(session)
         positions = run.positions[run.first_output_row :]
-        return [sampling.pick(row, at + 1) for row, at in zip(logits.numpy(), positions, strict=True)]
+        histories: Sequence[History] = held.histories(run) if held.sampling.needs_history else [()] * run.outputs
+        rows = zip(logits.numpy(), positions, histories, strict=True)
+        return [held.sampling.pick(row, at + 1, history) for row, at, history in rows]
 
     @torch.inference_mode()
     def logits(

@@ -73,9 +73,9 @@ def _interruptible() -> Iterator[None]:
 @app.command("generate")
 def generate_command(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to answer, or with --raw to continue.")],
-    model: Annotated[str, typer.Option(help="smollm2-135m, a .gguf file, or a folder with safetensors.")] = (
-        "smollm2-135m"
-    ),
+    model: Annotated[
+        str, typer.Option(help="smollm2-135m, gemma-3-270m, a .gguf file, a folder of safetensors, or a hub name.")
+    ] = "smollm2-135m",
     stages: Annotated[int | None, typer.Option(help="Start so many stage processes here (default: 2).")] = None,
     cluster: Annotated[
         Path | None, typer.Option(metavar="FILE", help="YAML list of running stages, HOST:PORT each, in order.")
@@ -88,6 +88,9 @@ def generate_command(
     temperature: Annotated[float, typer.Option(help="0: the most probable token.")] = 0.0,
     top_k: Annotated[int | None, typer.Option(help="Sample among so many tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Sample among the tokens of this probability.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Sample among tokens so probable, the best being 1.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: fewer tokens come again.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End the text before this string; may be repeated.")] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without chat template.")] = False,
@@ -124,6 +127,9 @@ def generate_command(
             "temperature": temperature,
             "top_k": top_k,
             "top_p": top_p,
+            "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
+            "stop": stop or [],
         },
         "policy": {"name": policy},
         "execution": {"drafter": drafter, "dtype": dtype, "hosts": hosts},

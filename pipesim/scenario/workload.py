@@ -30,6 +30,12 @@ class Workload(Section):
     """Real runs: sample among this many most probable tokens."""
     top_p: float | None = Field(default=None, gt=0, le=1)
     """Real runs: sample among the most probable tokens that reach this probability together."""
+    min_p: float | None = Field(default=None, gt=0, le=1)
+    """Real runs: sample among tokens at least this many times as probable as the most probable one."""
+    repetition_penalty: float | None = Field(default=None, gt=0)
+    """Real runs: makes tokens that the text has had already, prompt included, less likely from 1 on."""
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(default=(), strict=False)
+    """Real runs: the text ends before the first of these strings."""
 
     @property
     def prompt_length(self) -> int:

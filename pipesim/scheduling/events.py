@@ -45,9 +45,18 @@ class PipelineRestored:
 
 @dataclass(frozen=True, slots=True)
 class GenerationAborted:
-    """Somebody outside ends the generation before its natural end (Ctrl-C, a stop string)."""
+    """Somebody outside ends the generation before its natural end (Ctrl-C)."""
 
     reason: str
 
 
-Event = GenerationStarted | RunReturned | DraftReturned | StageLost | PipelineRestored | GenerationAborted
+@dataclass(frozen=True, slots=True)
+class StopStringMet:
+    """The text has come to a stop string: it ends after its first ``tokens`` generated tokens, whatever followed."""
+
+    tokens: int
+
+
+Event = (
+    GenerationStarted | RunReturned | DraftReturned | StageLost | PipelineRestored | GenerationAborted | StopStringMet
+)

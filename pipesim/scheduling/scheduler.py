@@ -26,6 +26,7 @@ from pipesim.scheduling.events import (
     PipelineRestored,
     RunReturned,
     StageLost,
+    StopStringMet,
 )
 from pipesim.scheduling.generation import Generation
 from pipesim.scheduling.partitions import CANONICAL
@@ -120,6 +121,10 @@ class Scheduler:
                 self._pipeline_restored()
             case GenerationAborted():
                 self._finish(FinishReason.ABORTED)
+            case StopStringMet(tokens):
+                if not 0 < tokens <= self.generation.frontier - self.generation.prompt_length:
+                    raise InvariantError(f"a stop string was met after {tokens} tokens, not so many were emitted")
+                self._finish(FinishReason.STOP)
         self._move_on()
         commands, self.generation.commands = self.generation.commands, []
         return commands

@@ -201,6 +201,22 @@ def test_attention_equals_softmax_over_the_visible_cells() -> None:
     torch.testing.assert_close(got, expected)
 
 
+def test_a_row_s_history_is_the_text_of_its_own_branch(wholes: dict[str, StageModel]) -> None:
+    model = wholes["llama"]
+    prompt = text(70, 160)
+    tree = [(11, 70, 0b0110), (12, 71, PATH), (13, 71, SIBLING), (14, 72, SIBLING), (15, 72, PATH)]
+    chain = Chain([model], CELLS)
+    for run in prefill_runs(prompt, EVERYONE):
+        chain.logits(run)
+    scatter_cells(chain, 1)
+    run = Run(2000, 0, RunKind.SPECULATIVE, *(tuple(column) for column in zip(*tree, strict=True)), first_output_row=1)
+    model.admit(0, run)
+    found = [history.tolist()[70:] for history in model._session(0).histories(run)]
+    assert found == [[11, 12], [11, 13], [11, 13, 14], [11, 12, 15]]
+    assert all(history.tolist()[:70] == prompt for history in model._session(0).histories(run))
+    chain.close()
+
+
 @pytest.mark.parametrize("window", [1, 5, 63, 64, 65, 128, 500])
 def test_a_window_hides_what_lies_behind_it_and_nothing_else(window: int) -> None:
     generator = torch.Generator().manual_seed(2)

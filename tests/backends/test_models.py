@@ -1,6 +1,7 @@
 """The lean layers compute what transformers computes, from safetensors and from GGUF, and keep only their part."""
 
 import dataclasses
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_models import FAMILY_CONFIGS, Chain, prefill_runs, save_gguf, save_tiny, tiny_config, tiny_source
 
 from backends.control import ConfigureStage
@@ -136,6 +138,40 @@ def test_a_stage_reads_only_its_weights(tmp_path: Path, monkeypatch: pytest.Monk
     assert all(name.startswith("model.layers.1.") for name in asked)
 
 
+LOAD = """
+import ctypes, sys
+from backends.models.loading import open_model
+from backends.models.stage_model import StageModel
+
+def peak():
+    return 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+
+source = open_model(sys.argv[1])
+StageModel(source, 0, 1)  # the start-up check, and whatever else happens but once
+ctypes.CDLL(None).malloc_trim(0)
+open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here
+before = peak()
+stage = StageModel(source, 2, 4)
+print(stage.parameters, peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="SKIPPED: peaks are measured on Linux only")
+@pytest.mark.parametrize("file", ["folder", "gguf"])
+def test_loading_a_stage_takes_the_memory_of_its_share_of_the_file(tmp_path: Path, file: str) -> None:
+    layers = 8
+    path = save_tiny(tmp_path / "m", hidden_size=512, intermediate_size=2048, num_hidden_layers=layers, vocab_size=9000)
+    whole = 4 * sum(weight.numel() for weight in load_file(path / "model.safetensors").values())
+    if file == "gguf":
+        path = save_gguf(path, tmp_path / "model.gguf")
+    done = subprocess.run([sys.executable, "-c", LOAD, path], capture_output=True, text=True, check=True)
+    parameters, peak = map(int, done.stdout.split())
+    kept = 4 * parameters
+    assert kept == pytest.approx((whole - 2 * 9000 * 512 * 4) * 2 / layers, rel=1e-3)
+    largest = 4 * 2048 * 512  # one matrix of the file at a time, beside where it goes
+    assert peak < 1.25 * kept + 3 * largest, f"{peak / 1e6:.0f} MB for {kept / 1e6:.0f} of {whole / 1e6:.0f} MB"
+
+
 def test_only_output_rows_are_predicted(tiny: ModelSource) -> None:
     model = StageModel(tiny, 0, 4)
     model.open_session(7, 20, 1, Sampling())
@@ -186,6 +222,19 @@ def test_the_reference_stops_at_a_stop_token_and_at_its_length(tiny: ModelSource
         for seed in (1, 1, 2)
     ]
     assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_a_repetition_penalty_counts_prompt_and_text(tiny: ModelSource) -> None:
+    model, prompt = StageModel(tiny, 0, 4), [3, 1, 4, 1, 5]
+    sampling = Sampling(repetition_penalty=1.5)
+    text = list(prompt)
+    for _ in range(20):
+        logits = all_logits(model, text)[-1].numpy().astype(float)
+        had = sorted(set(text))
+        logits[had] = [x / 1.5 if x > 0 else x * 1.5 for x in logits[had]]
+        text.append(int(logits.argmax()))
+    assert generate_in_one_process(model, prompt, 20, sampling=sampling) == text[5:]
+    assert text[5:] != generate_in_one_process(model, prompt, 20)
 
 
 def test_finding_smollm2_does_not_import_its_package(smollm2: ModelSource) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from backends.executor import _prepare
-from backends.models.config import ModelConfig
+from backends.models.config import FAMILIES, LayerKind, ModelConfig
 from backends.placement import split_layers
 from pipesim.errors import BadInputError
 from pipesim.scenario_file import load_scenario
@@ -14,16 +14,15 @@ from pipesim.scenario_file import load_scenario
 DEMO = Path(__file__).parents[2] / "scenarios" / "demo.yaml"
 
 CONFIG = ModelConfig(
-    family="llama",
-    layers=30,
+    family=FAMILIES["llama"],
+    kinds=(LayerKind(1e5),) * 30,
     hidden=576,
     heads=9,
     kv_heads=3,
     head_dim=64,
     intermediate=1536,
     vocabulary=49152,
-    rope_theta=1e5,
-    rope_factors=(),
+    query_scale=0.125,
     norm_eps=1e-5,
     tied=True,
     max_context=8192,

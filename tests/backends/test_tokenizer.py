@@ -137,6 +137,27 @@ def test_a_folder_brings_its_chat_template_and_end_tokens(byte_tokenizer: ModelT
         byte_tokenizer.encode_chat([{"role": "bad", "content": ""}])
 
 
+def test_the_default_of_several_templates_is_taken_and_loops_may_break(tmp_path: Path) -> None:
+    folder = _with_tokenizer(tmp_path)
+    listed = [
+        {"name": "tool_use", "template": "b"},
+        {"name": "default", "template": "{% for m in messages %}{{ m.content }}{% break %}{% endfor %}"},
+    ]
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": listed}))
+    messages = [{"role": "user", "content": "a"}, {"role": "user", "content": "aa"}]
+    assert open_tokenizer(open_model(folder)).encode_chat(messages) == [0]
+
+
+def test_tokenizers_conflict_where_an_id_means_two_things() -> None:
+    def tokenizer(**vocabulary: int) -> ModelTokenizer:
+        return ModelTokenizer(Tokenizer(models.WordLevel(vocabulary, unk_token="a")), ())
+
+    small, larger = tokenizer(a=0, b=1), tokenizer(a=0, b=1, c=2)
+    assert small.conflict(small) is small.conflict(larger) is larger.conflict(small) is None
+    assert larger.conflict(tokenizer(a=0, b=2, c=1)) == "token 'b' has id 1 in one and 2 in the other"
+    assert larger.conflict(tokenizer(a=0, d=1)) == "id 1 is token 'b' in one and 'd' in the other"
+
+
 def test_missing_tokenizers_and_templates_are_named(tmp_path: Path) -> None:
     with pytest.raises(BadInputError, match=r"tokenizer\.json is missing"):
         open_tokenizer(open_model(save_tiny(tmp_path / "bare")))

@@ -80,6 +80,30 @@ def test_the_text_is_the_same_whatever_the_policy_and_the_cluster(tiny_folder: P
     assert len(texts) == 1
 
 
+def test_every_way_of_sampling_changes_the_text(tiny_folder: Path) -> None:
+    ways = [(), ("--top-k", 3), ("--top-p", 0.4), ("--min-p", 0.3), ("--repetition-penalty", 1.5)]
+    plain = ("--policy", "autoregressive", "--stages", 1, "--max-new-tokens", 24, "--temperature", 0.9, "--json")
+    texts = [as_json(generate(tiny_folder, *plain, *way))["text"] for way in ways]
+    assert len(set(texts)) == len(ways)
+
+
+def test_a_stop_string_that_spans_tokens_ends_every_policy_s_text_at_once(tiny_folder: Path, tmp_path: Path) -> None:
+    def run(policy: str, *more: object) -> dict[str, object]:
+        arguments = ("--policy", policy, "--drafter", "layer-skip", "--temperature", 0.9, "--max-new-tokens", 24)
+        return as_json(generate(tiny_folder, *arguments, "--json", *more))
+
+    whole = str(run("autoregressive")["text"])
+    at = whole.index(" ", len(whole) // 2)
+    stop = whole[at - 1 : at + 3]
+    text = whole[: whole.index(stop)]
+    tokens = len((text + stop).split(" "))
+    log = tmp_path / "events.jsonl"
+    for policy in ("autoregressive", "pipeinfer"):
+        stopped = run(policy, "--stop", "no such thing", "--stop", stop, "--events", log)
+        assert (stopped["text"], len(list(stopped["tokens"]))) == (text, tokens)
+        assert pipesim("replay", log).returncode == 0
+
+
 def test_text_goes_to_stdout_and_files_are_written(tiny_folder: Path, tmp_path: Path) -> None:
     events, trace = tmp_path / "events.jsonl", tmp_path / "trace.json"
     record = tmp_path / "acceptance.json"

@@ -11,6 +11,7 @@ from pipesim.scheduling.events import (
     PipelineRestored,
     RunReturned,
     StageLost,
+    StopStringMet,
 )
 from pipesim.scheduling.generation import Generation
 from pipesim.scheduling.policies.autoregressive import Autoregressive
@@ -77,6 +78,21 @@ def test_synchronous_speculation_without_a_draft_decodes_plainly() -> None:
     world.return_run()
     world.answer_draft(DraftTree())
     assert world.submitted[-1].kind is RunKind.CANONICAL
+
+
+def test_a_stop_string_ends_the_generation_like_a_stop_token() -> None:
+    world = World(PipeInfer(), PROMPT, 20, prefill_chunk=64)
+    world.compute()
+    world.return_run()
+    world.answer_draft()
+    with pytest.raises(InvariantError, match="after 2 tokens"):
+        world.feed(StopStringMet(2))
+    world.feed(StopStringMet(1))
+    assert world.finish is not None
+    assert world.finish.reason is FinishReason.STOP
+    world.run_to_the_end()
+    world.feed(StopStringMet(1))
+    assert world.released
 
 
 def test_an_aborted_generation_calls_off_and_drains_what_is_in_flight() -> None:

@@ -138,6 +138,9 @@ ELSEWHERE = {
     "workload.temperature": "real runs",
     "workload.top_k": "real runs",
     "workload.top_p": "real runs",
+    "workload.min_p": "real runs",
+    "workload.repetition_penalty": "real runs",
+    "workload.stop": "real runs",
 }
 
 
