@@ -12,11 +12,12 @@ from scenario_builder import PLAIN, build
 
 from pipesim.acceptance_trace import FORMAT, AcceptanceTrace
 from pipesim.metrics import compute_metrics
-from pipesim.scenario import Scenario
+from pipesim.scenario import Link, Scenario
 from pipesim.scenario_file import build_scenario
 from pipesim.scheduling.tree import Candidate
 from pipesim.simulation.acceptance import RecordedTruth
-from pipesim.simulation.bound import clairvoyant_bound
+from pipesim.simulation.bound import _Wire, clairvoyant_bound
+from pipesim.simulation.links import HEADER_BYTES
 from pipesim.simulation.pipeline import simulate
 from pipesim.trace import Trace
 
@@ -303,3 +304,49 @@ def test_a_drafter_that_pays_for_each_branch_is_at_its_cheapest_in_the_bound() -
     wide, narrow = (build(drafter, f"policy={{name: pipeinfer, branches: {count}}}") for count in (8, 1))
     assert wide.drafter().level_ms > 1.5 * narrow.drafter().level_ms
     assert clairvoyant_bound(wide) == clairvoyant_bound(narrow)
+
+
+def test_a_draft_that_is_waited_for_is_the_bound_exactly() -> None:
+    """Wrong, right: the second token leaves as soon as its draft is there, alone, on links that are free again."""
+    truth = recorded([7, 7, 7], [[(8, 0.9)], [(7, 0.9)], [(8, 0.9)]])
+    sets = ["workload={prompt_tokens: 3, max_new_tokens: 3}", "cluster.links.bandwidth_gbps=0.001"]
+    drafter = ["cluster.links.draft={latency_ms: 3, bandwidth_gbps: 1000}", "cluster.drafter.level_ms=11"]
+    scenario = build(*sets, *drafter, "policy={name: pipeinfer, micro_batch: 1}", "cluster.head.overhead_ms=0.3")
+    assert clairvoyant_bound(scenario, truth).emissions_s == tuple(emission_times(simulate(scenario, truth=truth)))
+
+
+def test_a_slow_draft_link_is_not_beaten_by_drafts_of_one_token() -> None:
+    count = 60
+    truth = recorded([7] * count, [[(7 if index % 2 else 8, 0.9)] for index in range(count)])
+    sets = [f"workload={{prompt_tokens: 3, max_new_tokens: {count}}}", "policy={name: pipeinfer, micro_batch: 1}"]
+    sets += ["cluster.links.draft={latency_ms: 0, bandwidth_gbps: 0.00002}", "cluster.drafter.level_ms=0"]
+    sets += ["cluster.stages.0.cost.constant_ms=100"]
+    scenario = build(*sets)
+    bound, trace = clairvoyant_bound(scenario, truth), simulate(scenario, truth=truth)
+    assert_bounded(trace, bound.emissions_s)
+    assert bound.fraction(emission_times(trace)[-1]) > 0.8
+
+
+@pytest.mark.parametrize(
+    "cost",
+    [
+        # reading the context costs most, and a run's rows share it: what counts is their mean context
+        "{kind: roofline, memory_bandwidth_gbytes_s: 0.001, peak_tflops: 1000}",
+        "{kind: table, rows_ms: {1: 10, 7: 10, 8: 2}}",
+    ],
+)
+def test_runs_that_are_cheaper_than_a_lone_row_are_not_beaten(cost: str) -> None:
+    model = json.dumps({**SHAPE, "hidden": 64, "heads": 64, "kv_heads": 64, "intermediate": 1, "kv_bytes": 1000})
+    sets = [NO_LINKS, "cluster.drafter.level_ms=0", "policy={name: speculative, max_nodes: 7, split: 1}"]
+    workload = "workload={prompt_tokens: 3, max_new_tokens: 9}"
+    scenario = build(f"model={model}", f"cluster.stages.0.cost={cost}", workload, *sets)
+    truth = recorded([7] * 9, [[(8, 0.9)], *[[(7, 0.9)]] * 8])
+    trace = simulate(scenario, truth=truth)
+    assert len(trace.emissions) == 2, "the first token, and a run with all others"
+    assert_bounded(trace, clairvoyant_bound(scenario, truth).emissions_s)
+
+
+@given(st.floats(1e-6, 1e5), st.integers(1, 20_000), st.integers(1, 5000))
+def test_shares_of_rows_never_exceed_their_message(gbps: float, row_bytes: int, rows: int) -> None:
+    wire = _Wire.of(Link(bandwidth_gbps=gbps), row_bytes)
+    assert rows * wire.share(0) <= wire.occupied(HEADER_BYTES + rows * row_bytes)
