@@ -46,7 +46,8 @@ def plot_sweep(frame: pd.DataFrame, layout: Layout, path: Path) -> None:
         for axes in grid[:, 0]:
             axes.set_ylabel(layout.metric_quantity.label)
         handles, labels = grid.flat[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=min(5, len(labels)), frameon=False)
+        ncols = _legend_columns(labels, figure.get_figwidth())
+        figure.legend(handles, labels, loc="outside upper center", ncols=ncols)
         figure.supxlabel(_caption(layout, found, series), fontsize=8, x=0.01, ha="left")
         figure.savefig(path, dpi=200)
 
@@ -97,6 +98,12 @@ def _logarithmic(axes: Axes, places: NDArray[np.float64]) -> None:
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if decades > 1.5 else (1.0, 2.0, 5.0)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: significant(value)))
     axes.xaxis.set_minor_formatter("")
+
+
+def _legend_columns(labels: Sequence[str], width: float) -> int:
+    """How many labels stand side by side on a figure that is so many inches wide: all of them, if they fit."""
+    inches = [0.065 * len(label) + 0.6 for label in labels]
+    return len(labels) if sum(inches) <= width else max(1, int(width / max(inches)))
 
 
 def _looks(lines: Sequence[str]) -> dict[str, tuple[str, str]]:

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.sweep_figure import _looks, plot_sweep
+from analysis.sweep_figure import _legend_columns, _looks, plot_sweep
 from analysis.sweeps import Crossing, Layout, crossings, quantity, sentences, summary
 from pipesim.statistics import Interval
 from pipesim.sweep import Axis, cross
@@ -151,6 +151,12 @@ def test_a_figure_is_drawn_where_points_failed(tmp_path: Path) -> None:
 def test_lines_have_looks_of_their_own() -> None:
     looks = _looks(["autoregressive", "speculative", "pipeinfer", "mine", "yours"])
     assert len(set(looks.values())) == len({colour for colour, _ in looks.values()}) == 5
+
+
+def test_a_legend_is_no_wider_than_its_figure() -> None:
+    assert _legend_columns(["autoregressive", "speculative", "pipeinfer"], 7.8) == 3
+    assert _legend_columns(["pipeinfer, micro_batch 1, p_accept 0.6"] * 4, 7.8) == 2
+    assert _legend_columns(["x" * 200], 5.5) == 1
 
 
 def test_the_summary_has_a_row_per_place_and_means_with_intervals(tmp_path: Path) -> None:

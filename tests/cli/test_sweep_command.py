@@ -120,6 +120,24 @@ def test_bad_input_is_one_message_and_status_2(
     assert not result.stdout
 
 
+def test_the_degrading_network_has_every_policy_at_its_own_settings(here: InProcess, tmp_path: Path) -> None:
+    library = Path(__file__).parent.parent.parent / "scenarios" / "network-degradation.yaml"
+    rows, plot = tmp_path / "r.parquet", tmp_path / "p.png"
+    short = ["--set", "workload.max_new_tokens=12", "--repeats", 2, "-o", rows, "--plot", plot]
+    policies = ["--vary", "policy.name=autoregressive,speculative,pipeinfer"]
+    network = ["--vary", "cluster.links.bandwidth_gbps=0.01,1", "--vary", "cluster.links.latency_ms=0.1,50"]
+    result = call("sweep", library, *policies, *network, *short)
+    assert result.exit_code == 0, result.stderr
+    assert plot.exists()
+    speeds = pd.read_parquet(rows).groupby(["cluster.links.bandwidth_gbps", "policy"])["tokens_per_second"].mean()
+    assert (speeds[1.0] > speeds[0.01]).all()
+    assert speeds[1.0]["speculative"] > speeds[1.0]["autoregressive"]
+    untuned = ["--set", "policies={}", "--vary", "policy.name=speculative,pipeinfer", *network]
+    call("sweep", library, *untuned, *short)
+    others = pd.read_parquet(rows).groupby(["cluster.links.bandwidth_gbps", "policy"])["tokens_per_second"].mean()
+    assert (others != speeds.reindex(others.index)).all()
+
+
 LONG = ["--vary", "cluster.links.latency_ms=0:30:lin30", "--set", "workload.max_new_tokens=40"]
 
 
