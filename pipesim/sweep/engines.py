@@ -53,7 +53,7 @@ def run_local(function: Function, items: Sequence[Any], jobs: int | None = None)
     """
     context = multiprocessing.get_context("spawn")
     waiting = deque(range(len(items)))
-    jobs = min(jobs or len(os.sched_getaffinity(0)), len(items))
+    jobs = min(jobs or _cores(), len(items))
     workers: dict[Any, _Worker] = {}
     try:
         while waiting or any(worker.given for worker in workers.values()):
@@ -74,6 +74,11 @@ def run_local(function: Function, items: Sequence[Any], jobs: int | None = None)
     finally:
         for worker in workers.values():
             worker.stop()
+
+
+def _cores() -> int:
+    """Cores that this process may use; not every system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Started(Exception):  # noqa: N818  (a message, not an error)

@@ -6,8 +6,9 @@ import itertools
 import json
 import math
 import re
+import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,17 +96,18 @@ def cross(axes: Sequence[Axis]) -> list[dict[str, Any]]:
     return [dict(zip(keys, values, strict=True)) for values in itertools.product(*(axis.values for axis in axes))]
 
 
-def fingerprint(scenario: Scenario, measure: str) -> str:
+def fingerprint(scenario: Scenario, measure: Callable[..., Any]) -> str:
     """The hash of all that decides a row: the resolved scenario, what is measured, and this version of pipesim.
 
     Resolved means: defaults spelled out, the policy's too, files that it names by their content, settings of policies
-    that are not chosen left out. The version is ``pipesim.__version__`` and the content of the simulator's own files,
-    so that rows do not outlive a change of the code either.
+    that are not chosen left out. The version is ``pipesim.__version__`` and the content of the files of the simulator,
+    of the policy and of ``measure``, so that rows do not outlive a change of the code either.
     """
     resolved = scenario.model_dump(exclude={"policies", "policy"})
     policy = scenario.policy.build()
     resolved["policy"] = {"name": policy.name, **policy_settings(policy)}
-    text = json.dumps([_code_digest(), measure, resolved], sort_keys=True, default=_content)
+    code = [_code_digest(), _file_digest(type(policy)), _file_digest(measure), measure.__qualname__]
+    text = json.dumps([code, resolved], sort_keys=True, default=_content)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
@@ -125,3 +127,10 @@ def _code_digest() -> str:
         if path.is_file() and not _NO_PART.intersection(name.parts):
             digest.update(f"{name}\0".encode() + path.read_bytes())
     return digest.hexdigest()
+
+
+@functools.cache
+def _file_digest(defined: Callable[..., Any]) -> str:
+    """The file in which a function or class is written; its name, where there is no file."""
+    module = sys.modules[defined.__module__]
+    return _content(Path(getattr(module, "__file__", None) or module.__name__))

@@ -51,8 +51,8 @@ def run_points(
         repeats: seeds per point: the scenario's seed and those that follow it.
         jobs: processes at once; None: one per core.
         engine: ``local`` or ``ray``.
-        journal: file that remembers finished points; they are not run again as long as the resolved scenario and this
-            version of pipesim stay the same (:func:`pipesim.sweep.points.fingerprint`). Failed ones are.
+        journal: file that remembers finished points; they are not run again as long as the resolved scenario and the
+            code stay the same (:func:`pipesim.sweep.points.fingerprint`). Failed ones are.
         folder: where files are looked for that the scenario names; None: the working directory.
         measure: the figures of one scenario; the metrics by default.
         progress: called with the numbers of rows that are there and that there will be.
@@ -131,8 +131,7 @@ def _rows(base: Mapping[str, Any], point: Point, repeats: int, folder: Path | No
         first = seed if type(seed) is int else None
         seeds = [None if first is None else first + number for number in range(repeats)]
         return [_Row(settings, one, None, "", str(problem)) for one in seeds]
-    name = f"{measure.__module__}.{measure.__qualname__}"
-    return [_Row(settings, one.seed, one, fingerprint(one, name)) for one in seeded]
+    return [_Row(settings, one.seed, one, fingerprint(one, measure)) for one in seeded]
 
 
 def _columns(key: str, value: Any) -> dict[str, Any]:
@@ -146,9 +145,10 @@ def _in_columns(lines: list[dict[str, Any]], points: Sequence[Point]) -> dict[st
     """Columns in a fixed order: what was varied, policy and seed, the figures, the error."""
     varied = {path for point in points for key, one in point.items() for path in _columns(key, one)}
     names = dict.fromkeys(name for line in lines for name in line)
+    parents = {name.rpartition(".")[0] for name in names}  # a group of figures that a row has not is no column
     ordered = [name for name in names if name in varied]
     ordered += [name for name in ("policy", "seed") if name not in varied]
-    ordered += [name for name in names if name not in {*ordered, "error"}]
+    ordered += [name for name in names if name not in {*ordered, *parents, "error"}]
     columns = {name: [line.get(name) for line in lines] for name in ordered}
     errors = [line["error"] for line in lines]
     return {name: _of_one_type(values) if name in varied else _known(values) for name, values in columns.items()} | {

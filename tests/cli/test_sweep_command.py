@@ -149,10 +149,15 @@ def lines(journal: Path) -> list[dict[str, Any]]:
 def test_an_interrupted_sweep_goes_on_where_it_was(scenario: str, tmp_path: Path, how: signal.Signals) -> None:
     rows, journal = tmp_path / "r.parquet", tmp_path / "r.parquet.journal"
     command = [*MAIN, "sweep", scenario, *LONG, "--jobs", "2", "-o", str(rows)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     while len(lines(journal)) < 5 and process.poll() is None:
         time.sleep(0.01)
-    process.send_signal(how)
+    if how is signal.SIGINT:
+        os.killpg(process.pid, how)  # as a terminal does: the workers get it, too
+    else:
+        process.send_signal(how)
     _, told = process.communicate(timeout=60)
     assert process.returncode == (130 if how is signal.SIGINT else -how)
     assert "Traceback" not in told

@@ -1,3 +1,5 @@
+import importlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -6,7 +8,7 @@ from scenario_builder import build
 
 import pipesim
 from pipesim.errors import BadInputError
-from pipesim.sweep import Axis, cross, parse_axis, points
+from pipesim.sweep import Axis, cross, parse_axis, points, simulated_metrics
 from pipesim.sweep.points import fingerprint
 
 
@@ -61,14 +63,14 @@ def test_a_key_is_not_varied_twice(keys: list[str]) -> None:
 
 def test_a_fingerprint_is_that_of_the_resolved_scenario() -> None:
     def of(*sets: str) -> str:
-        return fingerprint(build(*sets), "metrics")
+        return fingerprint(build(*sets), simulated_metrics)
 
     assert of() == of("cluster.prefill_chunk=64", "policy.micro_batch=4"), "defaults, written or not"
     assert of() == of("policies.speculative={max_nodes: 9}"), "settings of a policy that is not chosen"
     assert of("policies.pipeinfer={micro_batch: 3}") == of("policy.micro_batch=3"), "settings from either place"
     moved = ["seed=4", "policy.micro_batch=3", "cluster.links.latency_ms=9", "model.name=other"]
     assert len({of(), *map(of, moved)}) == len(moved) + 1
-    assert fingerprint(build(), "something else") != of()
+    assert fingerprint(build(), cross) != of()
 
 
 def test_a_fingerprint_knows_the_content_of_files_and_the_version(
@@ -77,7 +79,7 @@ def test_a_fingerprint_knows_the_content_of_files_and_the_version(
     trace, copy = tmp_path / "t.json", tmp_path / "copy.json"
 
     def of(path: Path) -> str:
-        return fingerprint(build(f"acceptance={{kind: trace, file: {path}}}"), "metrics")
+        return fingerprint(build(f"acceptance={{kind: trace, file: {path}}}"), simulated_metrics)
 
     absent = of(trace)
     trace.write_text("one")
@@ -92,3 +94,13 @@ def test_a_fingerprint_knows_the_content_of_files_and_the_version(
     monkeypatch.undo()
     points._code_digest.cache_clear()
     assert of(copy) == first
+
+
+def test_a_fingerprint_knows_the_code_of_what_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    found = set()
+    for text in ("one", "other"):
+        (tmp_path / "a_measure.py").write_text(f"def speed(scenario):\n    return {{'{text}': 1}}\n")
+        sys.modules.pop("a_measure", None)
+        found.add(fingerprint(build(), importlib.import_module("a_measure").speed))
+    assert len(found) == 2

@@ -168,6 +168,15 @@ def test_lists_and_mixtures_of_types_are_json_text(here: InProcess) -> None:
     assert list(frame["execution.drafter"]) == ["ngram", "planted"]
 
 
+def test_figures_that_a_row_has_not_are_missing_in_their_columns(here: InProcess) -> None:
+    frame = run_points(BASE, cross([parse_axis("workload.max_new_tokens=1,12")]))
+    assert "itl_s" not in frame
+    assert list(frame["itl_s.p95"].isna()) == list(frame["tokens_per_second"].isna()) == [True, False]
+    plain = run_points(BASE, [{"policy.name": "autoregressive"}])
+    assert plain["acceptance_rate"].dtype == float
+    assert plain["acceptance_rate"].isna().all()
+
+
 def test_files_are_looked_for_in_the_folder_that_is_given(here: InProcess, tmp_path: Path) -> None:
     recorded = {"format": FORMAT, "prompt_tokens": [1], "tokens": [3, 4], "candidates": [[[3, 0.9]], [[4, 0.9]]]}
     (tmp_path / "t.json").write_text(json.dumps(recorded))
