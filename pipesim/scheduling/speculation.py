@@ -90,6 +90,7 @@ def advance(root: Node, token: int) -> Node:
     for rejected in root.children.values():
         for node in rejected.subtree():
             node.alive = False
+            node.parent = None  # no cycle is left for the garbage collector
             if node.run is not None:
                 node.run.live_nodes -= 1
     root.children = {}

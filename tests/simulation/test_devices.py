@@ -12,6 +12,23 @@ def test_equal_times_keep_the_order_in_which_they_were_asked_for() -> None:
     assert seen == [("first", 3), ("a", 5), ("b", 5), ("c", 5)]
 
 
+def test_simpy_itself_can_carry_out_the_calls() -> None:
+    clock, seen = Clock(), []
+    for time in (7, 5, 7):
+        clock.at(time, lambda call: seen.append((call.value, clock.now)), time)
+    clock.timeout(6).callbacks.append(lambda _: seen.append((6, clock.now)))
+    clock.run()
+    assert seen == [(5, 5), (6, 6), (7, 7), (7, 7)]
+
+
+def test_a_stopped_clock_leaves_the_rest_undone() -> None:
+    clock, seen = Clock(), []
+    clock.at(1, lambda _: setattr(clock, "stopped", True))
+    clock.at(2, lambda _: seen.append(2))
+    assert clock.run_calls() == 0
+    assert not seen
+
+
 def test_the_past_cannot_be_scheduled() -> None:
     clock = Clock()
     clock.at(5, lambda _: clock.at(4, lambda _: None))
