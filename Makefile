@@ -24,6 +24,11 @@ lint: $(DEV)
 docs: $(REAL)
 	$(BIN)/python -m analysis.ablation -o docs/ablation.md
 
+# The simulator's speed: ratios asserted, and the page with the figures. About six minutes.
+benchmark: $(DEV)
+	$(BIN)/python -m pytest tests/benchmarks --runslow
+	$(BIN)/python -m analysis.simulator_speed -o docs/simulator-speed.md
+
 # The scenario library's answers: about 40 minutes on two cores; goes on where it was broken off.
 studies: $(REAL)
 	$(BIN)/python -m analysis.studies -o docs/studies $(STUDIES)

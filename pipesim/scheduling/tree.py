@@ -62,6 +62,8 @@ def grow_tree(
 
     Source: PipeInfer (arXiv 2407.11798), speculation loop of its reference implementation.
     """
+    if branches == 1:
+        return _grow_chain(candidates, max_nodes, cutoff)
     tokens: list[int] = []
     parents: list[int] = []
     confidences: list[float] = []
@@ -91,3 +93,20 @@ def grow_tree(
         tips = grown
     tree = DraftTree(tuple(tokens), tuple(parents), tuple(confidences), 0.0 if tokens else refused)
     return tree, levels
+
+
+def _grow_chain(
+    candidates: Callable[[tuple[int, ...]], Sequence[Candidate]], max_nodes: int, cutoff: float
+) -> tuple[DraftTree, int]:
+    """What ``grow_tree`` does with a single branch, in a fraction of the time."""
+    path: tuple[int, ...] = ()
+    confidences: list[float] = []
+    while len(path) < max_nodes:
+        ranked = candidates(path)
+        token, confidence = ranked[0] if ranked else (0, 0.0)
+        if not ranked or confidence < cutoff:
+            refused = 0.0 if path else confidence
+            return DraftTree(path, tuple(range(-1, len(path) - 1)), tuple(confidences), refused), len(path) + 1
+        path = (*path, token)
+        confidences.append(confidence)
+    return DraftTree(path, tuple(range(-1, len(path) - 1)), tuple(confidences)), len(path)

@@ -1,6 +1,8 @@
 """How a micro-batch grows."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipesim.scheduling.tree import Candidate, DraftTree, grow_tree
 
@@ -25,6 +27,21 @@ def test_an_empty_tree_tells_the_confidence_that_was_refused() -> None:
     tree, _ = grow_tree(lambda path: ranked(0.4), 8, 1, cutoff=0.5, split=0.3)
     assert (tree.tokens, tree.refused) == ((), 0.4)
     assert grow_tree(lambda path: [], 8, 1, 0.0, 0.3)[0].refused == 0.0
+
+
+@given(
+    confidences=st.lists(st.floats(0, 1), max_size=6),
+    max_nodes=st.integers(0, 5),
+    cutoff=st.floats(0, 1),
+    split=st.floats(0, 1),
+)
+def test_a_single_branch_grows_as_one_of_two_that_never_forks(
+    confidences: list[float], max_nodes: int, cutoff: float, split: float
+) -> None:
+    def candidates(path: tuple[int, ...]) -> list[Candidate]:
+        return [(7, confidences[len(path)]), (8, 0.9)] if len(path) < len(confidences) else []
+
+    assert grow_tree(candidates, max_nodes, 1, cutoff, split) == grow_tree(candidates, max_nodes, 2, cutoff, 1.0)
 
 
 def test_a_likely_runner_up_forks_a_branch() -> None:
