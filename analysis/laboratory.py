@@ -1,5 +1,6 @@
 """Runs many simulations on all cores, and none of them twice: results are kept under all that they depend on."""
 
+import dataclasses
 import hashlib
 import inspect
 import json
@@ -110,7 +111,9 @@ def columns(metrics: Metrics) -> dict[str, float]:
     speed, ttft, bubbles = metrics.tokens_per_second, metrics.ttft_s, metrics.bubble_fraction
     if itl is None or waste is None or speed is None or ttft is None or bubbles is None:
         raise BadInputError("workload.max_new_tokens: generations of a single token have no speed, use more")
+    gap = {} if metrics.latency_breakdown_s is None else dataclasses.asdict(metrics.latency_breakdown_s)["itl"]
     return {
+        **{f"gap, {part}, ms": 1e3 * seconds for part, seconds in gap.items()},
         "tokens/s": speed,
         "TTFT, ms": 1e3 * ttft,
         "ITL p95, ms": 1e3 * itl.p95,

@@ -13,6 +13,7 @@ from analysis.studies.limit import (
     gain_table,
     largest,
     settings_table,
+    time_shares,
 )
 from analysis.style import COLOURS, doubling, line, panels
 from analysis.tuning import METHOD
@@ -55,18 +56,14 @@ def study(bench: Bench) -> Finding:
     axes[0, 0].legend(title="acceptance", ncols=2)
     looks = {"pipelined": COLOURS["pipelined"], "without continuous": "#56B4E9", "synchronous": COLOURS["synchronous"]}
     base = (4.0,) if 4.0 in drafters else (drafters[0],)
-    for name, colour in looks.items():
-        idle = [reasons[base, one].mean(name, "bubbles, %") for one in stages]
-        line(axes[1, 0], stages, idle, name, colour)
-    axes[1, 0].set(xlabel="stages", ylabel="idle stage time, %", ylim=(0, 100))
-    axes[1, 0].set_title(f"c = {why[0]:g}, acceptance {why[1]:g}")
-    axes[1, 0].legend()
+    time_shares(axes[1, 0], [(f"{one}", reasons[base, one]) for one in stages])
+    axes[1, 0].set(xlabel="stages: synchronous | pipelined", ylabel="share of a token's time, %")
     for name, colour in looks.items():
         speeds = [reasons[base, one].ratio(name, "synchronous") for one in stages]
         line(axes[1, 1], stages, speeds, name, colour)
     axes[1, 1].set(xlabel="stages", ylabel="speed, tuned synchronous = 1", ylim=(0, None))
     axes[1, 1].set_title("what continuous speculation adds")
-    doubling(axes[1, 0], stages)
+    axes[1, 1].legend()
     doubling(axes[1, 1], stages)
     names = {(ms,): f"{ms / STAGE_MS:g} of a stage" for ms in drafters}
     gain_lines(axes[1, 2], reasons, names, stages)

@@ -103,6 +103,33 @@ def settings_table(tables: Mapping[tuple[Line, int], Table], lines: Mapping[Line
     return markdown_table(["acceptance", *(f"{one} stages" for one in stages)], rows)
 
 
+def time_shares(axes: Axes, groups: Sequence[tuple[str, Table]]) -> None:
+    """What a token's time goes into: two stacked bars per group, synchronous and pipelined, shares of the former."""
+    for at, (_, table) in enumerate(groups):
+        for policy, shift in (("synchronous", -0.2), ("pipelined", 0.2)):
+            bottom = 0.0
+            whole = sum(table.mean("synchronous", f"gap, {part}, ms").estimate for part in _PARTS)
+            for part, colour in _PARTS.items():
+                share = 100 * table.mean(policy, f"gap, {part}, ms").estimate / whole
+                label = part if not at and policy == "synchronous" else None
+                axes.bar(at + shift, share, 0.36, bottom=bottom, color=colour, label=label)
+                bottom += share
+    axes.set_xticks(range(len(groups)), [name for name, _ in groups])
+    axes.grid(False, axis="x")
+    axes.legend(fontsize=7, ncols=2)
+
+
+_PARTS = {
+    "compute": "#0072B2",
+    "queueing": "#E69F00",
+    "drafter": "#444444",
+    "head": "#CC79A7",
+    "serialisation": "#56B4E9",
+    "propagation": "#009E73",
+}
+"""Of a latency (``pipesim.metrics.LatencyShares``), with their colours."""
+
+
 def chain_limit(slope: float, rate: float) -> float:
     """The gain with infinitely many stages if all speculation is chains.
 
