@@ -57,7 +57,7 @@ def page(name: str, bench: Bench, finding: Finding) -> str:
     """The study's document."""
     question, context = header(bench.path)
     seeds = bench.seeds
-    ended = "Searches that ended at the end of what was searched: " + "; ".join(bench.notes) + "."
+    ended = "Searches that ended at the end of what was searched: " + "; ".join(bench.notes.values()) + "."
     paragraphs = [
         f"# {question}",
         fill(f"**{finding.answer}**"),

@@ -48,13 +48,13 @@ class Bench:
     laboratory: Laboratory
     path: Path
     quick: bool = False
-    notes: list[str] = field(default_factory=list)
+    notes: dict[str, str] = field(default_factory=dict)
     """What every page has to tell: where a search for settings ended at the end of a ladder."""
 
     @cached_property
     def seeds(self) -> range:
         """The seeds of results."""
-        return range(1, 4 if self.quick else 17)
+        return range(1, 4 if self.quick else 13)
 
     def some(self, values: Sequence[Value]) -> Sequence[Value]:
         """All values; in the quick form the first and the last."""
@@ -93,7 +93,7 @@ class Bench:
     def note_ends(self, case: str, best: Mapping[str, Any]) -> None:
         """Keeps for the page that a search ended where it could go no further."""
         if best["ends"] and not self.quick:
-            self.notes.append(f"{case}: {', '.join(best['ends'])}")
+            self.notes[case] = f"{case}: {', '.join(best['ends'])}"
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from analysis.laboratory import Settings, with_settings
 from analysis.pages import between, markdown_table
 from analysis.studies.bench import PIPELINED, PLAIN, SYNCHRONOUS, Bench, Table
 from analysis.style import CYCLE, doubling, line
-from analysis.tuning import COUNTS, tune
+from analysis.tuning import tune
 from pipesim.scenario import Scenario
 from pipesim.statistics import Interval
 
@@ -56,15 +56,9 @@ def against_stages(
 
 
 def _job(scenario: Scenario, fixed: Settings, before: Settings | None, stages: int) -> tuple[Any, ...]:
-    """Where the search begins: at the coarse grid, or at the place of half as many stages and at a larger one."""
-    if before is None or stages <= _AFRESH:
-        return scenario.model_dump_json(), fixed
-    grown = {name: _doubled(value) if name in ("partitions", "max_nodes") else value for name, value in before.items()}
-    return scenario.model_dump_json(), fixed, [before, grown]
-
-
-def _doubled(count: int) -> int:
-    return min((one for one in COUNTS if one >= 2 * count), default=COUNTS[-1])
+    """Where the search begins: at the coarse grid, or at what half as many stages liked best."""
+    afresh = before is None or stages <= _AFRESH
+    return (scenario.model_dump_json(), fixed) if afresh else (scenario.model_dump_json(), fixed, [before])
 
 
 def gain_lines(
