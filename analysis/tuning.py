@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import Any
 
 from analysis.laboratory import Settings, columns, with_settings
-from pipesim.scenario import Scenario
+from pipesim.scenario import PolicySection, Scenario
 from pipesim.simulation.pipeline import evaluate
 
 COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
@@ -128,7 +128,7 @@ def space_of(scenario: Scenario, fixed: Settings) -> Space:
 class Search:
     """Measures places of a space, each once with each seed."""
 
-    def __init__(self, space: Space, scenario: str) -> None:
+    def __init__(self, space: Space, scenario: Scenario) -> None:
         self.space = space
         self._scenario = scenario
         self._speeds: dict[str, dict[int, float]] = {}
@@ -144,7 +144,8 @@ class Search:
         known = self._speeds.setdefault(json.dumps(policy, sort_keys=True), {})
         for seed in seeds:
             if seed not in known:
-                known[seed] = speed_of(self._scenario, policy, seed)
+                chosen = {"policy": PolicySection(**policy), "seed": seed}
+                known[seed] = columns(evaluate(self._scenario.model_copy(update=chosen)))["tokens/s"]
         return fmean(known[seed] for seed in seeds)
 
     def better(self, place: Settings, than: Settings, seeds: Sequence[int]) -> bool:
@@ -170,11 +171,6 @@ class Search:
         raise AssertionError("a space has at least one axis")
 
 
-def speed_of(scenario: str, policy: Settings, seed: int) -> float:
-    """Tokens per second of one generation."""
-    return columns(evaluate(with_settings(scenario, policy=policy, seed=seed)))["tokens/s"]
-
-
 def tune(scenario: str, fixed: Settings, starts: Sequence[Settings] = ()) -> dict[str, Any]:
     """The best settings of a policy for a scenario, given as JSON; a job for :meth:`Laboratory.map`.
 
@@ -187,7 +183,8 @@ def tune(scenario: str, fixed: Settings, starts: Sequence[Settings] = ()) -> dic
         ``settings``: the policy's section; ``place``: its values on all axes; ``ends``: axes on which it lies at the
         end of the ladder; ``tried``: how many settings were measured.
     """
-    search = Search(space_of(with_settings(scenario), fixed), scenario)
+    valid = with_settings(scenario)
+    search = Search(space_of(valid, fixed), valid)
     few, more = SEEDS
     if not starts:
         unlike = {json.dumps(search.space.settings(place)): place for place in search.space.coarse()}.values()

@@ -78,17 +78,18 @@ def page(name: str, bench: Bench, finding: Finding) -> str:
 
 
 def index(folder: Path) -> str:
-    """The table of all questions that have a page in ``folder``."""
+    """The table of all scenario files' questions that have a page in ``folder``, a sweep's among them."""
     lines = ["| question | answer |", "|---|---|"]
-    for name in names():
-        path = folder / f"{name}.md"
+    for scenario in sorted(SCENARIOS.glob("*.yaml")):
+        path = folder / f"{scenario.stem}.md"
         if path.exists():
-            title, bold, *_ = path.read_text(encoding="utf-8").split("\n\n")
-            text = " ".join(bold.strip("*").split())
-            lines.append(f"| [{title.removeprefix('# ')}]({name}.md) | {text} |")
+            parts = path.read_text(encoding="utf-8").split("\n\n")
+            said = next(part for part in parts if part.startswith(("**", "* ")))  # a finding, or a sweep's crossings
+            text = " ".join(said.removeprefix("* ").strip("*").split())
+            lines.append(f"| [{header(scenario)[0]}]({path.name}) | {text} |")
     intro = (
         "Each answer is simulated from a scenario file that can be run, bent and swept: `pipesim simulate "
-        "scenarios/NAME.yaml`. The pages say how every figure was obtained."
+        "scenarios/NAME.yaml`. The pages say how every figure was obtained, and by which command."
     )
     return "\n\n".join(["# Questions and answers", fill(intro), "\n".join(lines), f"Made by `{COMMAND}`."]) + "\n"
 

@@ -15,8 +15,8 @@ def test_the_search_finds_what_is_plain() -> None:
 
 
 def test_no_neighbour_of_the_best_is_faster() -> None:
-    scenario = build("workload.max_new_tokens=24").model_dump_json()
-    best = tune(scenario, {"name": "pipeinfer"})["place"]
+    scenario = build("workload.max_new_tokens=24")
+    best = tune(scenario.model_dump_json(), {"name": "pipeinfer"})["place"]
     search = Search(pipeinfer_space({"name": "pipeinfer"}, 3), scenario)
     for name in search.space.axes:
         for step in (-1, 1):
