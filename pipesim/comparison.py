@@ -51,7 +51,9 @@ def with_probed_costs(scenario: Scenario, probe: Probe) -> Scenario:
         "level_ms": probe.level_ms,
         "prefill_per_token_ms": probe.draft_prefill_row_ms,
     }
-    cluster["links"] = {"latency_ms": probe.link_ms}
+    cluster["links"] = {"latency_ms": probe.link_ms}  # and nothing else, as the real run has it
+    cluster["devices"] = [{**device, "nic_gbps": None} for device in cluster["devices"]]
+    raw["faults"] = []
     return build_scenario(raw, "the scenario with probed costs")
 
 

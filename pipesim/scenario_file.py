@@ -43,9 +43,15 @@ def read_scenario(path: Path | str, overrides: Sequence[str] = ()) -> dict[str, 
 
 def locate_files(raw: dict[str, Any], folder: Path) -> None:
     """Files that a scenario names are looked for in ``folder``, that of the scenario file."""
-    acceptance = raw.get("acceptance")
-    if isinstance(acceptance, dict) and isinstance(acceptance.get("file"), str):
-        acceptance["file"] = str(folder / acceptance["file"])
+    for section in ("acceptance", "cluster"):
+        _look_in(folder, raw.get(section))
+
+
+def _look_in(folder: Path, here: Any) -> None:
+    if isinstance(here, dict) and isinstance(here.get("file"), str):
+        here["file"] = str(folder / here["file"])
+    for inside in here.values() if isinstance(here, dict) else here if isinstance(here, list) else ():
+        _look_in(folder, inside)
 
 
 def build_scenario(raw: dict[str, Any], source: str = "scenario") -> Scenario:

@@ -1,3 +1,4 @@
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -5,6 +6,7 @@ from scenario_builder import build
 
 from pipesim.errors import BadInputError
 from pipesim.scenario import LinearCost, Link, json_schema
+from pipesim.scenario.network import PRESETS
 from pipesim.scenario_file import load_scenario
 
 ROOT = Path(__file__).parent.parent
@@ -37,6 +39,55 @@ def test_every_scenario_that_we_ship_is_valid(path: Path) -> None:
         ("cluster.devices=[{name: a}, {name: a}]", "two devices are named 'a'"),
         ("cluster.links.hops=[{hop: 4}]", "cluster.links.hops.0.hop: there is no hop 4, the last one"),
         ("cluster.links.hops=[{hop: 1}, {hop: 1}]", "cluster.links.hops.1.hop: hop 1 is described twice"),
+        ("cluster.links.preset=2gbe", "cluster.links.preset = '2gbe': input should be 'loopback', '10gbe'"),
+        ("cluster.links.loss=1", "cluster.links.loss = 1: input should be less than 1"),
+        ("cluster.links.jitter_ms=-1", "cluster.links.jitter_ms = -1: input should be greater than or equal to 0"),
+        ("cluster.links.profile={}", "cluster.links.profile: give either points or file"),
+        ("cluster.links.draft.profile={points: []}", "cluster.links.draft.profile.points: there is no point in it"),
+        (
+            "cluster.links.control.profile={points: [{at_ms: 2}, {at_ms: 2}]}",
+            "cluster.links.control.profile.points: at_ms = 2.0 stands behind 2.0: put the points in order of time",
+        ),
+        (
+            "cluster.links.hops=[{hop: 1, profile: {period_ms: 5, points: [{at_ms: 5}]}}]",
+            "cluster.links.hops.0.profile.points: at_ms = 5.0 is not within period_ms = 5.0",
+        ),
+        (
+            "cluster.links.profile={period_ms: 5, points: [{at_ms: 1, latency_ms: 1}]}",
+            "cluster.links.profile.points: latency_ms begins at 1.0 ms: a course that repeats needs its value at 0 ms",
+        ),
+        ("cluster.devices=[{name: a, nic_gbps: 0}]", "cluster.devices.0.nic_gbps = 0: input should be greater than 0"),
+        (
+            "faults=[{start_ms: 1}]",
+            "faults.0.kind: missing, add it; known: latency, bandwidth, jitter, loss, partition",
+        ),
+        ("faults=[{kind: flood}]", "faults.0.kind: there is no 'flood'; known: latency"),
+        ("faults=[{kind: partition, start_ms: 1}]", "faults.0.duration_ms: missing, add it"),
+        ("faults=[{kind: crash, start_ms: 1, stage: 0, detect_ms: 1}]", "faults.0.restart_ms: missing, add it"),
+        (
+            "faults=[{kind: partition, start_ms: 1, duration_ms: .inf}]",
+            "faults.0.duration_ms = inf: input should be a finite number",
+        ),
+        (
+            "faults=[{kind: partition, start_ms: 1, duration_ms: 1, link: 4}]",
+            "faults.0.link: there is no hop 4, the last one (home to the head) is 3",
+        ),
+        (
+            "faults=[{kind: partition, start_ms: 1, duration_ms: 1, link: stage0 to stage 1}]",
+            "faults.0.link: there is no link 'stage0 to stage 1'; did you mean 'stage 0 to stage 1'?",
+        ),
+        (
+            "faults=[{kind: partition, start_ms: 1, duration_ms: 1, link: xyz}]",
+            "faults.0.link: there is no link 'xyz'; use all, data, control, draft, or a hop's number",
+        ),
+        (
+            "faults=[{kind: slow-stage, start_ms: 1, duration_ms: 1, factor: 2, stage: 3}]",
+            "faults.0.stage: there is no stage 3, the last one is 2",
+        ),
+        (
+            "faults=[{kind: slow-stage, start_ms: 1, duration_ms: 1, factor: 1, stage: 0}]",
+            "faults.0.factor = 1: input should be greater than 1",
+        ),
         ("workload={max_new_tokens: 4}", "give a prompt"),
         ("workload={max_new_tokens: 4, prompt: ''}", "workload.prompt: an empty prompt"),
         ("workload.max_new_tokens=0", "workload.max_new_tokens = 0"),
@@ -103,9 +154,27 @@ def test_a_hop_differs_only_in_what_it_says() -> None:
 
 
 def test_control_and_draft_links_differ_only_in_what_they_say() -> None:
-    links = build("cluster.links.control.latency_ms=9", "cluster.links.draft={bandwidth_gbps: 7}").cluster.links
-    assert links.control.over(links) == Link(latency_ms=9, bandwidth_gbps=1)
-    assert links.draft.over(links) == Link(latency_ms=0.5, bandwidth_gbps=7)
+    plans = build("cluster.links.control.latency_ms=9", "cluster.links.draft={bandwidth_gbps: 7}").links()
+    assert {plan.link for plan in plans if plan.group == "control"} == {Link(latency_ms=9, bandwidth_gbps=1)}
+    assert {plan.link for plan in plans if plan.group == "draft"} == {Link(latency_ms=0.5, bandwidth_gbps=7)}
+
+
+def test_a_preset_stands_behind_own_settings_and_before_those_of_all_links() -> None:
+    scenario = build(
+        "cluster.links={preset: wifi, latency_ms: 3, hops: [{hop: 1, jitter_ms: 9}, {hop: 2, preset: wan, loss: 0.5}]}"
+    )
+    wifi = dataclasses.replace(PRESETS["wifi"], latency_ms=3)
+    assert scenario.hops() == (
+        wifi,
+        dataclasses.replace(wifi, jitter_ms=9),
+        dataclasses.replace(PRESETS["wan"], loss=0.5),
+        wifi,
+    )
+
+
+def test_every_preset_has_a_name_in_the_schema() -> None:
+    preset = json_schema()["$defs"]["OwnLink"]["properties"]["preset"]
+    assert set(preset["anyOf"][0]["enum"]) == set(PRESETS)
 
 
 def test_overrides_reach_lists_dicts_and_sections_that_are_not_there_yet() -> None:
@@ -233,11 +302,14 @@ def test_a_trace_file_is_looked_for_beside_the_scenario(tmp_path: Path) -> None:
     assert scenario.acceptance is not None
     assert scenario.acceptance.kind == "trace"
     assert scenario.acceptance.file == tmp_path / "t.json"
+    hops = "cluster.links.hops=[{hop: 1, profile: {file: h.csv}}]"
+    links = load_scenario(path, ["cluster.links.profile.file=l.csv", hops]).cluster.links
+    assert [one.profile.file for one in (links, *links.hops) if one.profile] == [tmp_path / "l.csv", tmp_path / "h.csv"]
 
 
 def test_the_schema_describes_every_key() -> None:
     schema = json_schema()
-    sections = {"model", "cluster", "workload", "policy", "policies", "acceptance", "execution", "seed"}
+    sections = {"model", "cluster", "workload", "policy", "policies", "acceptance", "execution", "faults", "seed"}
     assert set(schema["properties"]) == sections
     policies = schema["$defs"].pop("PolicySection")["oneOf"]
     settings = {policy["title"]: set(policy["properties"]) for policy in policies}

@@ -16,8 +16,9 @@ from pipesim.scenario.acceptance import (
 )
 from pipesim.scenario.cluster import Cluster, Device, Drafter, Head, Stage
 from pipesim.scenario.costs import AllReduce, Cost, LinearCost, RooflineCost, TableCost
+from pipesim.scenario.faults import CrashFault, Fault, LinkFault, SlowStageFault
 from pipesim.scenario.model import Model, ModelShapeSection
-from pipesim.scenario.network import Hop, Link, Links, OwnLink
+from pipesim.scenario.network import Hop, Link, LinkPlan, Links, OwnLink, Profile, ProfilePoint
 from pipesim.scenario.plans import DraftPlan, StagePlan, StageSummary
 from pipesim.scenario.scenario import Scenario, json_schema
 from pipesim.scenario.section import Section
@@ -28,16 +29,20 @@ __all__ = [
     "AllReduce",
     "Cluster",
     "Cost",
+    "CrashFault",
     "Device",
     "DraftPlan",
     "Drafter",
     "DrawnAcceptance",
     "Execution",
+    "Fault",
     "Head",
     "Hop",
     "IidAcceptance",
     "LinearCost",
     "Link",
+    "LinkFault",
+    "LinkPlan",
     "Links",
     "MarkovAcceptance",
     "Model",
@@ -46,9 +51,12 @@ __all__ = [
     "PerDepthAcceptance",
     "PolicySection",
     "PositionalAcceptance",
+    "Profile",
+    "ProfilePoint",
     "RooflineCost",
     "Scenario",
     "Section",
+    "SlowStageFault",
     "Stage",
     "StagePlan",
     "StageSummary",

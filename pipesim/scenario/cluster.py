@@ -17,6 +17,8 @@ class Device(Section):
     """Stages, head and drafter refer to it by this name."""
     cores: int = Field(default=1, ge=1)
     """How many stages, or stages and drafter, can compute on it at the same time; more wait in FIFO order."""
+    nic_gbps: float | None = Field(default=None, gt=0)
+    """10^9 bits per second, each way, that all its links to other devices share; null: without limit."""
 
 
 class Stage(Section):

@@ -11,9 +11,10 @@ from pipesim.errors import BadInputError
 from pipesim.scenario.acceptance import Acceptance, TraceAcceptance
 from pipesim.scenario.cluster import Cluster
 from pipesim.scenario.costs import RooflineCost
+from pipesim.scenario.faults import Fault, fault_problems
 from pipesim.scenario.memory import Load, memory_problems
 from pipesim.scenario.model import Model
-from pipesim.scenario.network import Link, OwnLink
+from pipesim.scenario.network import Link, LinkPlan, link_plans
 from pipesim.scenario.plans import (
     DraftPlan,
     StagePlan,
@@ -46,6 +47,8 @@ class Scenario(Section):
     acceptance: Acceptance | None = None
     """Simulation: which drafted tokens are right."""
     execution: Execution = Execution()
+    faults: tuple[Fault, ...] = Field(default=(), strict=False)
+    """Simulation: what goes wrong, and when."""
     seed: int = Field(default=0, ge=0, lt=2**64)
     """Same seed, same bytes out: simulated truth, sampling noise."""
 
@@ -60,7 +63,15 @@ class Scenario(Section):
 
     @model_validator(mode="after")
     def _check_across_sections(self) -> "Scenario":
-        problems = list(chain(self._layer_problems(), self._device_problems(), self._other_problems()))
+        problems = list(
+            chain(
+                self._layer_problems(),
+                self._device_problems(),
+                self._link_problems(),
+                fault_problems(self.faults, sum(stage.repeat for stage in self.cluster.stages), self.links()),
+                self._other_problems(),
+            )
+        )
         problems = problems or list(self._memory_problems())
         if problems:
             raise ValueError("\n".join(problems))
@@ -121,7 +132,7 @@ class Scenario(Section):
             if idle not in used and names.count(idle) == 1:
                 yield f"cluster.devices: nothing runs on device {idle!r}: remove it, or name it where it is used"
 
-    def _other_problems(self) -> Iterator[str]:
+    def _link_problems(self) -> Iterator[str]:
         last_hop = sum(stage.repeat for stage in self.cluster.stages)
         hops = [hop.hop for hop in self.cluster.links.hops]
         for i, hop in enumerate(hops):
@@ -130,6 +141,10 @@ class Scenario(Section):
                 yield f"{field}: there is no hop {hop}, the last one (home to the head) is {last_hop}"
             if hop in hops[:i]:
                 yield f"{field}: hop {hop} is described twice: merge the two entries"
+        yield from self.cluster.links.problems()
+
+    def _other_problems(self) -> Iterator[str]:
+        last_hop = sum(stage.repeat for stage in self.cluster.stages)
         if self.workload.prompt is None and self.workload.prompt_tokens is None:
             recorded = isinstance(self.acceptance, TraceAcceptance)
             if not recorded:
@@ -198,12 +213,13 @@ class Scenario(Section):
 
     def hops(self) -> tuple[Link, ...]:
         """The data links in order: head to first stage, between stages, last stage to head."""
-        links = self.cluster.links
-        special = {hop.hop: hop for hop in links.hops}
-        return tuple(
-            special.get(index, OwnLink()).over(links)
-            for index in range(sum(stage.repeat for stage in self.cluster.stages) + 1)
-        )
+        return tuple(plan.link for plan in self.links() if plan.group == "data")
+
+    def links(self) -> tuple[LinkPlan, ...]:
+        """All links: data links as ``hops``, a control link to each stage, to the drafter and back."""
+        cluster = self.cluster
+        devices = [stage.device for stage in cluster.stages for _ in range(stage.repeat)]
+        return link_plans(cluster.links, cluster.head.device, devices, cluster.drafter.device)
 
     def scheduler(self) -> Scheduler:
         """A fresh scheduler with this scenario's policy and limits."""

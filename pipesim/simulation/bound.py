@@ -32,7 +32,8 @@ over them gives the first token exactly where no device is shared. Its end is wh
 
 Costs are asked for through ``CostModel.seconds`` alone: for a number of rows they must be linear in the context and
 never fall, and not fall beyond as many rows as the text has. Kept out, so that the bound only gets lower: who else
-waits for a shared core or for the head, the bytes of wrong tokens, KV capacity, a dearer level for a wider tree.
+waits for a shared core, a shared network interface or the head, the bytes of wrong tokens, KV capacity, a dearer level
+for a wider tree; jitter, loss and faults, which only ever delay. A link whose profile varies is taken at its best.
 """
 
 from collections import Counter
@@ -40,9 +41,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import floor, inf
 
-from pipesim.scenario import Link, Scenario, StagePlan
+from pipesim.scenario import LinkPlan, Scenario, StagePlan
 from pipesim.scheduling.runs import RunKind
 from pipesim.simulation.acceptance import Truth, make_truth
+from pipesim.simulation.courses import at_best
 from pipesim.simulation.links import HEADER_BYTES, KV_OPERATION_BYTES, ROW_BYTES, TOKEN_BYTES, draft_bytes
 
 _ROWS_PROBED = 512  # batches of at least so many rows are asked for their share, even for shorter texts
@@ -128,7 +130,8 @@ class _Wire:
     outputs_only: bool = False
 
     @classmethod
-    def of(cls, link: Link, row_bytes: int, outputs_only: bool = False) -> "_Wire":
+    def of(cls, plan: LinkPlan, row_bytes: int, outputs_only: bool = False) -> "_Wire":
+        link = at_best(plan)
         ns_per_byte = 8.0 / link.bandwidth_gbps if link.bandwidth_gbps else 0.0
         return cls(round(link.latency_ms * 1e6), ns_per_byte, row_bytes, outputs_only)
 
@@ -201,7 +204,7 @@ class _Drafter:
 
     def __init__(self, scenario: Scenario, prompt: int) -> None:
         cluster, plan = scenario.cluster, scenario.drafter(branches=1)
-        wire = _Wire.of(cluster.links.draft.over(cluster.links), TOKEN_BYTES)
+        wire = _Wire.of(scenario.links()[-1], TOKEN_BYTES)
         self._level = round(plan.level_ms * 1e6)
         self._there = wire.crossed(HEADER_BYTES + TOKEN_BYTES)
         self._back = wire.crossed(draft_bytes(1)) + round(cluster.head.overhead_ms * 1e6)
@@ -251,7 +254,8 @@ class _Pipeline:
     """The way of a run: link, stage, link, ..., stage, link home."""
 
     def __init__(self, scenario: Scenario, prompt: int, tokens: int) -> None:
-        cluster, plans, hops = scenario.cluster, scenario.stages(), scenario.hops()
+        cluster, plans = scenario.cluster, scenario.stages()
+        hops = [link for link in scenario.links() if link.group == "data"]
         self.overhead = round(cluster.head.overhead_ms * 1e6)
         self._prompt, self._chunk, self._window = prompt, cluster.prefill_chunk, cluster.prefill_window
         activations = scenario.model.hidden * scenario.model.activation_bytes

@@ -85,6 +85,10 @@ class Device:
         else:
             self._waiting.append(begin)
 
+    def withdraw(self, begin: Callable[[], None]) -> None:
+        """``begin``, which waits for a core, does not want it any more."""
+        self._waiting.remove(begin)
+
     def release(self) -> None:
         """Gives the core to who waits longest."""
         if self._waiting:

@@ -4,9 +4,13 @@ Whole numbers keep the simulation exact: sums do not depend on their order, and 
 same time do, in the order in which they were sent.
 """
 
+from collections.abc import Callable
+from typing import TypeVar
+
 from pipesim.scenario import Link
 from pipesim.scheduling.runs import Run
 
+T = TypeVar("T")
 HEADER_BYTES = 64
 """Session, epoch, run id, shapes and timestamps of a frame, or the whole of a small message beside its tokens."""
 TOKEN_BYTES = 4
@@ -28,12 +32,15 @@ class LinkModel:
         self._ns_per_byte = 8.0 / link.bandwidth_gbps if link.bandwidth_gbps else 0.0
         self._free_at = 0
 
-    def send(self, now: int, size_bytes: int) -> Passage:
-        """Puts a message on the link at ``now``; it arrives never before an earlier message."""
+    def send(self, now: int, size_bytes: int, then: Callable[[Passage, T], None], value: T) -> None:
+        """Puts a message on the link at ``now``; it arrives never before an earlier message.
+
+        Calls ``then(passage, value)`` as soon as the passage is known, at once or later, but not after the arrival.
+        """
         self.sent_bytes += size_bytes
         start = self._free_at if self._free_at > now else now
         self._free_at = sent = start + round(size_bytes * self._ns_per_byte)
-        return start, sent, sent + self._latency
+        then((start, sent, sent + self._latency), value)
 
 
 def metadata_bytes(run: Run) -> int:

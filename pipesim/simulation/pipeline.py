@@ -11,15 +11,17 @@ from typing import NamedTuple, TextIO
 from pipesim.errors import InvariantError
 from pipesim.metrics import Metrics
 from pipesim.recorder import Meter, Observer, Recorder
-from pipesim.scenario import Scenario
+from pipesim.scenario import CrashFault, Scenario
 from pipesim.scheduling.commands import CancelRuns, EmitTokens, RequestDraft, SubmitRun
 from pipesim.scheduling.events import DraftReturned, Event, GenerationStarted, RunReturned
 from pipesim.scheduling.runs import Run
 from pipesim.simulation.acceptance import Truth, make_truth
 from pipesim.simulation.devices import Call, Clock, Device
 from pipesim.simulation.drafter import DrafterServer, DraftJob
+from pipesim.simulation.faults import Crashes, MortalStageServer, stage_pace
 from pipesim.simulation.latency import decompose, path_parts
-from pipesim.simulation.links import HEADER_BYTES, LinkModel, draft_bytes, tokens_bytes
+from pipesim.simulation.links import HEADER_BYTES, Passage, draft_bytes, tokens_bytes
+from pipesim.simulation.network import Network
 from pipesim.simulation.stage import Frame, StageServer
 from pipesim.trace import Trace
 
@@ -86,25 +88,17 @@ class Simulation:
         self._path_parts = path_parts(len(plans))
         self._emitted_at = 0
 
-        names = ["head", *(plan.name for plan in plans), "head"]
-        self._hops = [LinkModel(f"{names[i]} to {names[i + 1]}", link) for i, link in enumerate(scenario.hops())]
-        control = cluster.links.control.over(cluster.links)
-        self._controls = [LinkModel(f"head to {plan.name} (control)", control) for plan in plans]
-        draft = cluster.links.draft.over(cluster.links)
-        self._to_drafter, self._from_drafter = LinkModel("head to drafter", draft), LinkModel("drafter to head", draft)
-
+        self._network = Network(scenario, self.clock)
+        crashes = [fault for fault in scenario.faults if isinstance(fault, CrashFault)]
+        server = MortalStageServer if crashes else StageServer
         self.stages: list[StageServer] = []
-        self.stages += [
-            StageServer(
-                self.clock,
-                index,
-                plan,
-                device_of(plan.device, plan.name),
-                observer,
-                self._leave_last if index == len(plans) - 1 else self._leave_to(index + 1),
-            )
-            for index, plan in enumerate(plans)
-        ]
+        for index, plan in reversed(list(enumerate(plans))):
+            leave = self._leave_to(index + 1, self.stages[0]) if self.stages else self._leave_last
+            device = device_of(plan.device, plan.name)
+            pace = stage_pace(scenario.faults, index)
+            self.stages.insert(0, server(self.clock, index, plan, device, observer, leave, pace))
+        mortal = [stage for stage in self.stages if isinstance(stage, MortalStageServer)]
+        self._crashes = Crashes(self.clock, crashes, mortal, self._hear_of) if crashes else None
         drafter_device = device_of(cluster.drafter.device, "drafter")
         self.drafter = DrafterServer(
             self.clock, scenario.drafter(), drafter_device, self.truth, observer, self._leave_drafter
@@ -117,7 +111,7 @@ class Simulation:
         if not self.observer.scheduler.released:
             where = f" at {self.clock.now / 1e9} s, where {at_once} events took no time" if at_once else ""
             raise InvariantError(f"the simulation came to a standstill{where} (I7)\n{self}")
-        for link in (*self._hops, *self._controls, self._to_drafter, self._from_drafter):
+        for link in self._network:
             self.observer.link_sent(link.name, link.sent_bytes)
 
     # -- the head --------------------------------------------------------------------------------------------------
@@ -132,12 +126,18 @@ class Simulation:
         self.clock.at(self.clock.now + self._overhead, self._decide)
 
     def _decide(self, _: Call) -> None:
-        self._handle(self._heard.popleft(), self.clock.now - self._overhead)
+        heard = self._heard.popleft()
+        if self._crashes is None or self._admits(self._crashes, heard):
+            self._handle(heard, self.clock.now - self._overhead)
         self._device.release()
         if self._heard:
             self._device.acquire(self._take_up)
         else:
             self._busy = False
+
+    def _admits(self, crashes: Crashes, heard: _Heard) -> bool:
+        epoch = self.observer.scheduler.generation.epoch
+        return crashes.admits(heard.event, heard.time, heard.frame.run if heard.frame else None, epoch)
 
     def _handle(self, heard: _Heard, taken_up: int) -> None:
         """Carries out what the scheduler answers to what the head heard and took up at that time."""
@@ -157,14 +157,13 @@ class Simulation:
     def _submit(self, run: Run, heard: _Heard, taken_up: int) -> None:
         now = self.clock.now
         frame = Frame(run, self._row_bytes, [heard.time, taken_up, now], type(heard.event) is DraftReturned)
-        passage = self._hops[0].send(now, frame.void_bytes + tokens_bytes(run.rows))
-        frame.path += passage
-        self.stages[0].arrive(passage[2], frame)
+        size = frame.void_bytes + tokens_bytes(run.rows)
+        self._network.data[0].send(now, size, self.stages[0].arrive, frame)
 
     def _cancel(self, run_ids: tuple[int, ...]) -> None:
         size = HEADER_BYTES + tokens_bytes(len(run_ids))
-        for link, stage in zip(self._controls, self.stages, strict=True):
-            stage.cancel(link.send(self.clock.now, size)[2], run_ids)
+        for link, stage in zip(self._network.control, self.stages, strict=True):
+            link.send(self.clock.now, size, stage.cancel, run_ids)
 
     def _request_draft(self, request: RequestDraft) -> None:
         """Sends the request with the text that the drafter has not seen yet."""
@@ -172,8 +171,10 @@ class Simulation:
         self._told_drafter = request.frontier
         text = self.observer.scheduler.generation.text
         previous = request.path[-1] if request.path else text[request.frontier - 1]
-        _, _, arrival = self._to_drafter.send(self.clock.now, size)
-        self.clock.at(arrival, self.drafter.arrive, DraftJob(request, previous))
+        self._network.to_drafter.send(self.clock.now, size, self._ask_drafter, DraftJob(request, previous))
+
+    def _ask_drafter(self, passage: Passage, job: DraftJob) -> None:
+        self.clock.at(passage[2], self.drafter.arrive, job)
 
     def _explain(self, heard: _Heard, taken_up: int) -> None:
         """Says how the time until the tokens was spent that the user gets now."""
@@ -185,13 +186,11 @@ class Simulation:
 
     # -- what leaves stages and drafter ----------------------------------------------------------------------------
 
-    def _leave_to(self, index: int) -> Callable[[Frame], None]:
-        send, clock, stages = self._hops[index].send, self.clock, self.stages
+    def _leave_to(self, index: int, stage: StageServer) -> Callable[[Frame], None]:
+        send, clock, arrive = self._network.data[index].send, self.clock, stage.arrive
 
         def leave(frame: Frame) -> None:
-            passage = send(clock.now, frame.void_bytes if frame.void else frame.live_bytes)
-            frame.path += passage
-            stages[index].arrive(passage[2], frame)
+            send(clock.now, frame.void_bytes if frame.void else frame.live_bytes, arrive, frame)
 
         return leave
 
@@ -201,14 +200,23 @@ class Simulation:
         if not frame.void:
             rows = range(run.first_output_row, run.rows)
             predictions = tuple(self.truth.next(run.positions[row] + 1, run.tokens[row]) for row in rows)
-        passage = self._hops[-1].send(self.clock.now, HEADER_BYTES + tokens_bytes(len(predictions or ())))
-        frame.path += passage
-        heard = _Heard(RunReturned(run.run_id, predictions), passage[2], frame)
-        self.clock.at(passage[2], self._hear, heard)
+        size = HEADER_BYTES + tokens_bytes(len(predictions or ()))
+        self._network.data[-1].send(
+            self.clock.now, size, self._come_home, (RunReturned(run.run_id, predictions), frame)
+        )
 
     def _leave_drafter(self, draft: DraftReturned) -> None:
-        _, _, arrival = self._from_drafter.send(self.clock.now, draft_bytes(len(draft.tree.tokens)))
-        self.clock.at(arrival, self._hear, _Heard(draft, arrival, None))
+        size = draft_bytes(len(draft.tree.tokens))
+        self._network.from_drafter.send(self.clock.now, size, self._come_home, (draft, None))
+
+    def _come_home(self, passage: Passage, news: tuple[Event, Frame | None]) -> None:
+        event, frame = news
+        if frame is not None:
+            frame.path += passage
+        self.clock.at(passage[2], self._hear, _Heard(event, passage[2], frame))
+
+    def _hear_of(self, event: Event) -> None:
+        self.clock.at(self.clock.now, self._hear, _Heard(event, self.clock.now, None))
 
     def __str__(self) -> str:
         """Who waits for whom."""

@@ -4,14 +4,16 @@ What is known when it is sent needs no event of its own: a frame waits in the in
 cancellation is looked up when its run's turn comes. Only "the next frame is here" and "the run is done" are events.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 
 from pipesim.recorder import Observer
 from pipesim.scenario import StagePlan
 from pipesim.scheduling.runs import Run
+from pipesim.simulation.courses import Course, work_end
 from pipesim.simulation.devices import Call, Clock, Device
-from pipesim.simulation.links import metadata_bytes
+from pipesim.simulation.links import Passage, metadata_bytes
 
 
 class Frame:
@@ -35,7 +37,10 @@ class Frame:
 
 
 class StageServer:
-    """One stage. ``leave(frame)`` is called when a frame goes on to the next link."""
+    """One stage. ``leave(frame)`` is called when a frame goes on to the next link.
+
+    ``pace`` is the factor by which everything takes longer at a time, None: always 1.
+    """
 
     def __init__(
         self,
@@ -45,6 +50,7 @@ class StageServer:
         device: Device,
         observer: Observer,
         leave: Callable[[Frame], None],
+        pace: Course | None = None,
     ) -> None:
         self.name = plan.name
         self._clock = clock
@@ -54,28 +60,32 @@ class StageServer:
         self._device = device
         self._record = observer.stage_span
         self._leave = leave
+        self._pace = pace
         self._inbox: deque[Frame] = deque()  # here or on the wire, in order of arrival
         self._current: Frame | None = None
         self._resting = True  # no frame here or on the wire
         self._start = -1  # of the run being computed; -1 while it waits for a core
         self._end = -1
+        self._work = 0  # of the run being computed: how long it takes where nothing slows it down
         self._plan = 0  # counts what was planned; an event of an older plan means nothing
         self._dead: dict[int, int] = {}  # run -> when the stage hears that it is dead
         self._last_id = -1  # the newest run that has left
 
-    def arrive(self, time: int, frame: Frame) -> None:
-        """A frame is on the wire and will be here at ``time``, not before an earlier one."""
-        frame.arrival = time
+    def arrive(self, passage: Passage, frame: Frame) -> None:
+        """A frame is on the wire, and will be here not before an earlier one."""
+        frame.path += passage
+        frame.arrival = time = passage[2]
         self._inbox.append(frame)
         if self._resting:
             self._resting = False
             self._clock.at(time, self._take_up, self._plan)
 
-    def cancel(self, time: int, run_ids: Sequence[int]) -> None:
-        """The head calls off runs, as heard here at ``time``.
+    def cancel(self, passage: Passage, run_ids: Sequence[int]) -> None:
+        """The head calls off runs; the message is on the wire.
 
-        Between two layers at the latest, a run that is being computed then stops.
+        When it is here, a run that is being computed stops, between two layers at the latest.
         """
+        time = passage[2]
         for run_id in run_ids:
             if run_id > self._last_id:
                 self._dead[run_id] = time
@@ -83,6 +93,20 @@ class StageServer:
             end = self._cut(self._end, time)
             if end < self._end:
                 self._finish_at(end)
+
+    def drop_everything(self) -> None:
+        """Forgets all frames and cancellations; a run that is being computed costs what was spent on it so far."""
+        frame, now = self._current, self._clock.now
+        if frame is not None and self._start < 0:
+            self._device.withdraw(self._begin)
+        elif frame is not None:
+            if now > self._start:
+                self._record(self._index, frame.run_id, self._start, now, True)
+            self._device.release()
+        self._inbox.clear()
+        self._dead.clear()
+        self._current, self._start, self._resting = None, -1, True
+        self._plan += 1
 
     def _take_up(self, call: Call) -> None:
         if call.value == self._plan:
@@ -110,7 +134,8 @@ class StageServer:
         assert frame is not None
         run = frame.run
         self._start = now
-        end = now + max(1, round(self._seconds(run.kind, run.rows, frame.context) * 1e9))
+        self._work = work = max(1, round(self._seconds(run.kind, run.rows, frame.context) * 1e9))
+        end = now + work if self._pace is None else round(work_end(now, work, self._pace))
         if frame.run_id in self._dead:  # it may have died while it waited for the core, or is going to
             end = self._cut(end, self._dead[frame.run_id])
         self._finish_at(end)
@@ -119,9 +144,12 @@ class StageServer:
         """When a run that is to be computed until ``end`` stops: at the first layer boundary after its death."""
         if died >= end:
             return end
-        duration = end - self._start
-        done = -(-max(0, died - self._start) * self._layers // duration)
-        return self._start - (-done * duration // self._layers)
+        start, layers, pace = self._start, self._layers, self._pace
+        if pace is not None:
+            boundaries = (work_end(start, self._work * layer / layers, pace) for layer in range(layers))
+            return min(end, next((math.ceil(boundary) for boundary in boundaries if boundary >= died), end))
+        done = -(-max(0, died - start) * layers // self._work)
+        return start - (-done * self._work // layers)
 
     def _finish_at(self, end: int) -> None:
         self._end = end

@@ -162,6 +162,26 @@ def test_no_policy_shows_any_token_earlier(scenario: Scenario) -> None:
         assert metrics.tokens_per_second <= bound.tokens_per_second * (1 + 1e-9)
 
 
+COURSE = "{points: [{at_ms: 100, latency_ms: 0.1, bandwidth_gbps: 3}, {at_ms: 300, latency_ms: 2}], shape: ramps}"
+CRASH = "{kind: crash, stage: 1, start_ms: 90, detect_ms: 0, restart_ms: 0}"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        f"cluster.links.profile={COURSE}",
+        f"cluster.links.draft.profile={COURSE}",
+        "cluster.links.preset=wifi",
+        f"faults=[{CRASH}, {{kind: slow-stage, stage: 0, start_ms: 200, duration_ms: 50, factor: 2}}]",
+        "faults=[{kind: bandwidth, cap_gbps: 0.01, start_ms: 50, duration_ms: 50}]",
+    ],
+)
+@pytest.mark.parametrize("policy", ["autoregressive", "speculative", "pipeinfer"])
+def test_no_policy_is_earlier_where_links_vary_or_things_go_wrong(change: str, policy: str) -> None:
+    scenario = build(change, f"policy.name={policy}")
+    assert_bounded(simulate(scenario), clairvoyant_bound(scenario).emissions_s)
+
+
 @settings(deadline=None, max_examples=60)
 @given(scenarios(), st.data())
 def test_no_policy_is_earlier_whatever_the_recorded_truth(scenario: Scenario, data: st.DataObject) -> None:

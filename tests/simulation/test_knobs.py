@@ -16,6 +16,40 @@ from pipesim.scheduling.policy import policy_class, policy_names
 from pipesim.simulation.pipeline import simulate
 
 SHARED = ["cluster.devices=[{name: box, cores: 2}]", "cluster.stages.0.device=box", "cluster.drafter.device=box"]
+COURSE = "profile={points: [{at_ms: 200, latency_ms: 30, bandwidth_gbps: 0.0005}, {at_ms: 500, latency_ms: 5}]}"
+LINK: dict[str, list[str]] = {
+    # setting of any link: [context..., the move]
+    "preset": ["preset=wan"],
+    "latency_ms": ["latency_ms=20"],
+    "bandwidth_gbps": ["bandwidth_gbps=0.0001"],
+    "jitter_ms": ["jitter_ms=20"],
+    "loss": ["loss=0.5"],
+    "retransmit_ms": ["loss=0.5", "retransmit_ms=20"],
+    "mtu_bytes": ["loss=0.5", "mtu_bytes=64"],
+    "profile.shape": [COURSE, "profile.shape=ramps"],
+    "profile.period_ms": [COURSE.replace("at_ms: 200", "at_ms: 0"), "profile.period_ms=600"],
+    "profile.points.at_ms": [COURSE, "profile.points.1.at_ms=900"],
+    "profile.points.latency_ms": [COURSE, "profile.points.1.latency_ms=1"],
+    "profile.points.bandwidth_gbps": [COURSE, "profile.points.0.bandwidth_gbps=0.00005"],
+}
+LINKS = {
+    # which links: [context..., where they are described]
+    "cluster.links": ["cluster.links"],
+    "cluster.links.hops": ["cluster.links.hops=[{hop: 1}]", "cluster.links.hops.0"],
+    "cluster.links.control": ["acceptance.rate=0.3", "cluster.links.control"],
+    "cluster.links.draft": ["cluster.links.draft"],
+}
+CRASH = "faults=[{kind: crash, stage: 1, start_ms: 300, detect_ms: 50, restart_ms: 200}]"
+SLOW = "faults=[{kind: slow-stage, stage: 1, start_ms: 300, duration_ms: 200, factor: 3}]"
+
+
+def fault(kind: str, **settings: Any) -> str:
+    """One fault of a kind on all links, as an override."""
+    given = ", ".join(f"{key}: {value}" for key, value in settings.items())
+    return f"faults=[{{kind: {kind}, start_ms: 300, duration_ms: 200, {given}}}]"
+
+
+LATE = fault("latency", extra_ms=20)
 TABLE = ["cluster.stages.0.cost={kind: table, rows_ms: {1: 10, 4: 12}}"]
 MARKOV = "acceptance={kind: markov, good_rate: 0.9, bad_rate: 0.2}"
 SIZES = "layers: 12, hidden: 64, heads: 8, kv_heads: 4, intermediate: 256"
@@ -90,15 +124,18 @@ MOVES: dict[str, list[str]] = {
     "cluster.drafter.prefill_per_token_ms": ["cluster.drafter.prefill_per_token_ms=9"],
     "cluster.head.device": [*SHARED, "cluster.head.device=box"],
     "cluster.head.overhead_ms": ["cluster.head.overhead_ms=1"],
-    "cluster.links.latency_ms": ["cluster.links.latency_ms=1"],
-    "cluster.links.bandwidth_gbps": ["cluster.links.bandwidth_gbps=0.1"],
+    "cluster.devices.nic_gbps": [
+        "cluster.devices=[{name: box}]",
+        "cluster.stages.0.device=null",
+        "cluster.head.device=box",
+        "cluster.devices.0.nic_gbps=0.0001",
+    ],
+    **{
+        f"{links}.{setting}": [*context, *(f"{place}.{one}" for one in moves)]
+        for links, (*context, place) in LINKS.items()
+        for setting, moves in LINK.items()
+    },
     "cluster.links.hops.hop": ["cluster.links.hops=[{hop: 1, bandwidth_gbps: 0.01}]", "cluster.links.hops.0.hop=3"],
-    "cluster.links.hops.latency_ms": ["cluster.links.hops=[{hop: 1, latency_ms: 9}]"],
-    "cluster.links.hops.bandwidth_gbps": ["cluster.links.hops=[{hop: 1, bandwidth_gbps: 0.01}]"],
-    "cluster.links.control.latency_ms": ["cluster.links.control={latency_ms: 20}"],
-    "cluster.links.control.bandwidth_gbps": ["cluster.links.control={latency_ms: 0.5, bandwidth_gbps: 0.00001}"],
-    "cluster.links.draft.latency_ms": ["cluster.links.draft={latency_ms: 20}"],
-    "cluster.links.draft.bandwidth_gbps": ["cluster.links.draft={latency_ms: 0.5, bandwidth_gbps: 0.0001}"],
     "cluster.kv_cells": [
         "cluster.links.latency_ms=40",
         "policy={name: pipeinfer, branches: 4, p_split: 0, micro_batch: 8}",
@@ -121,6 +158,17 @@ MOVES: dict[str, list[str]] = {
     "acceptance.confidence_right": ["policy.p_accept=0.6", "acceptance.confidence_right=0.5"],
     "acceptance.confidence_wrong": ["policy.p_accept=0.6", "acceptance.confidence_wrong=0.9"],
     "acceptance.confidence_spread": ["policy.p_accept=0.6", "acceptance.confidence_spread=0.5"],
+    "faults.kind": [fault("latency", extra_ms=20), fault("jitter", extra_ms=20)],
+    "faults.start_ms": [LATE, "faults.0.start_ms=400"],
+    "faults.duration_ms": [LATE, "faults.0.duration_ms=100"],
+    "faults.link": [LATE, "faults.0.link=draft"],
+    "faults.extra_ms": [LATE, "faults.0.extra_ms=30"],
+    "faults.cap_gbps": [fault("bandwidth", cap_gbps=0.001), "faults.0.cap_gbps=0.0005"],
+    "faults.probability": [fault("loss", probability=0.3), "faults.0.probability=0.6"],
+    "faults.factor": [SLOW, "faults.0.factor=4"],
+    "faults.stage": [CRASH, "faults.0.stage=2"],
+    "faults.detect_ms": [CRASH, "faults.0.detect_ms=70"],
+    "faults.restart_ms": [CRASH, "faults.0.restart_ms=300"],
     "seed": ["seed=4"],
 }
 ELSEWHERE = {
@@ -131,6 +179,7 @@ ELSEWHERE = {
     "cluster.drafter.cost.memory_gib": "a limit: tests/hardware/test_memory.py",
     "cluster.drafter.cost.kind": "there is but one",
     "cluster.devices.name": "a reference: a wrong one is refused",
+    **{f"{links}.profile.file": "tests/simulation/test_courses.py" for links in LINKS},
     "acceptance.kind": "tests/simulation/test_acceptance.py",
     "acceptance.file": "tests/simulation/test_acceptance.py",
     "workload.chat": "real runs",

@@ -1,3 +1,5 @@
+from passages import pass_over
+
 from pipesim.scenario import Link
 from pipesim.scheduling.runs import Run, RunKind, SequenceRemove
 from pipesim.simulation.links import LinkModel, metadata_bytes
@@ -5,19 +7,19 @@ from pipesim.simulation.links import LinkModel, metadata_bytes
 
 def test_bandwidth_occupies_the_link_and_latency_does_not() -> None:
     link = LinkModel("l", Link(latency_ms=1, bandwidth_gbps=0.008))  # 1000 ns per byte
-    assert link.send(0, 100) == (0, 100_000, 1_100_000)
-    assert link.send(0, 100) == (100_000, 200_000, 1_200_000), "it waits for the first to be sent, not to arrive"
-    assert link.send(5_000_000, 1) == (5_000_000, 5_001_000, 6_001_000)
+    assert pass_over(link, 0, 100) == (0, 100_000, 1_100_000)
+    assert pass_over(link, 0, 100) == (100_000, 200_000, 1_200_000), "it waits for the first to be sent, not to arrive"
+    assert pass_over(link, 5_000_000, 1) == (5_000_000, 5_001_000, 6_001_000)
     assert link.sent_bytes == 201
 
 
 def test_unlimited_bandwidth_takes_no_time() -> None:
-    assert LinkModel("l", Link(latency_ms=2)).send(7, 10**9) == (7, 7, 7 + 2_000_000)
+    assert pass_over(LinkModel("l", Link(latency_ms=2)), 7, 10**9) == (7, 7, 7 + 2_000_000)
 
 
 def test_a_small_message_never_overtakes_a_large_one() -> None:
     link = LinkModel("l", Link(latency_ms=0.1, bandwidth_gbps=1))
-    assert link.send(0, 10**6)[-1] <= link.send(1, 0)[-1]
+    assert pass_over(link, 0, 10**6)[-1] <= pass_over(link, 1, 0)[-1]
 
 
 def test_a_frame_grows_with_rows_and_kv_operations() -> None:

@@ -1,5 +1,7 @@
 """One simulated stage by itself: 10 layers of 10 ms each, whatever the rows."""
 
+import random
+from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,9 +10,15 @@ import pytest
 from pipesim.scenario import LinearCost, StagePlan
 from pipesim.scheduling.runs import Run, RunKind
 from pipesim.simulation.devices import Clock, Device
+from pipesim.simulation.links import Passage
 from pipesim.simulation.stage import Frame, StageServer
 
 MS = 1_000_000
+
+
+def on_the_wire(until_ms: float) -> Passage:
+    """A message that arrives then."""
+    return 0, 0, round(until_ms * MS)
 
 
 class Bench:
@@ -31,10 +39,10 @@ class Bench:
     def arrive(self, run_id: int, at_ms: float, void: bool = False) -> None:
         frame = Frame(Run(run_id, 0, RunKind.SPECULATIVE, (1,), (1,), (1,)), 4)
         frame.void = void
-        self.stage.arrive(round(at_ms * MS), frame)
+        self.stage.arrive(on_the_wire(at_ms), frame)
 
     def cancel(self, run_id: int, at_ms: float) -> None:
-        self.stage.cancel(round(at_ms * MS), (run_id,))
+        self.stage.cancel(on_the_wire(at_ms), (run_id,))
 
     def run(self) -> list[tuple[int, float, bool]]:
         self.clock.run_calls()
@@ -97,6 +105,41 @@ def test_a_run_that_dies_while_it_waits_for_a_core_never_begins() -> None:
     bench.clock.at(40 * MS, lambda _: bench.device.release())
     assert bench.run() == [(0, 40, True)]
     assert not bench.spans
+
+
+def test_a_stage_that_drops_everything_frees_its_core_and_starts_afresh() -> None:
+    bench = Bench()
+    for run_id in range(3):
+        bench.arrive(run_id, run_id * 10)
+    bench.cancel(5, 20)
+    bench.clock.at(30 * MS, lambda _: bench.stage.drop_everything())
+    bench.clock.at(40 * MS, lambda _: bench.arrive(5, 45))
+    assert bench.run() == [(5, 145, False)]
+    assert bench.spans == [(0, 0, 0, 30 * MS, True), (0, 5, 45 * MS, 145 * MS, False)]
+
+
+def test_a_stage_that_drops_everything_does_not_wait_for_a_core_any_more() -> None:
+    bench = Bench()
+    bench.device.acquire(lambda: None)  # somebody else's work
+    bench.arrive(0, 0)
+    bench.clock.at(10 * MS, lambda _: bench.stage.drop_everything())
+    bench.clock.at(20 * MS, lambda _: bench.arrive(1, 25))
+    bench.clock.at(40 * MS, lambda _: bench.device.release())
+    assert bench.run() == [(1, 140, False)]
+
+
+@pytest.mark.parametrize("load", [0.3, 0.7])
+def test_random_arrivals_wait_as_long_as_the_m_d_1_queue_says(load: float) -> None:
+    """Mean wait of Poisson arrivals at a stage of constant time 1: load / (2 (1 - load)) (Pollaczek-Khinchine)."""
+    bench, chance, now = Bench(stage_ms=1), random.Random(3), 0.0
+    arrivals = []
+    for run_id in range(20_000):
+        now += chance.expovariate(load)
+        arrivals.append(round(now * MS))
+        bench.arrive(run_id, arrivals[-1] / MS)
+    bench.run()
+    waits = [(start - arrival) / MS for (_, _, start, _, _), arrival in zip(bench.spans, arrivals, strict=True)]
+    assert fmean(waits) == pytest.approx(load / (2 * (1 - load)), rel=0.07)
 
 
 def test_a_run_takes_at_least_a_nanosecond() -> None:

@@ -1,0 +1,186 @@
+"""Links with all that can be said of them: jitter, loss, courses over time, faults, shared network interfaces.
+
+A message passes the interface of the device that it leaves, the link, and the interface of the device that it enters.
+Each of the three is a FIFO serializer at its own rate, and bits flow on as they come (cut-through): alone, a message
+takes as long as the slowest of the three needs; where messages of several links meet at an interface, they queue.
+
+Links deliver in order, as TCP does: a message that is late, by jitter or loss, holds up those behind it.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+
+from pipesim.scenario import LinkFault, LinkPlan, Scenario
+from pipesim.scenario.faults import BandwidthFault, JitterFault, LatencyFault, LossFault, PartitionFault
+from pipesim.simulation.courses import (
+    NS_PER_MS,
+    Course,
+    Piece,
+    active_ns,
+    bandwidth_course,
+    latency_course,
+    overlay,
+    transfer_end,
+)
+from pipesim.simulation.devices import Clock
+from pipesim.simulation.links import LinkModel, Passage, T
+from pipesim.simulation.randomness import mix, stream, unit
+
+_JITTER_CUT = 10.0
+"""The exponential distribution of jitter ends at this many means: 1 of 22,000 messages would exceed it."""
+_NOTHING = Course(0.0)
+_NO_CAP = Course(math.inf)
+
+
+class Interface:
+    """One direction of a device's network interface."""
+
+    def __init__(self, gbps: float) -> None:
+        self._ns_per_byte = 8.0 / gbps
+        self._free_at = 0
+
+    def enter(self, now: int, size_bytes: int) -> tuple[int, int]:
+        """A message's first bit comes at ``now``; returns when its first and its last bit can leave."""
+        start = max(now, self._free_at)
+        self._free_at = start + round(size_bytes * self._ns_per_byte)
+        return start, self._free_at
+
+
+class VaryingLink(LinkModel):
+    """A link whose speed changes, by its profile, by chance and by faults, or that shares an interface.
+
+    Every effective value is computed at the moment of use, from the link's own and the faults active then; nothing is
+    saved and put back. Chance is drawn by (seed, link name, message number).
+    """
+
+    def __init__(
+        self,
+        clock: Clock,
+        plan: LinkPlan,
+        faults: list[LinkFault],
+        seed: int,
+        egress: Interface | None = None,
+        ingress: Interface | None = None,
+    ) -> None:
+        super().__init__(plan.name, plan.link)
+        link = plan.link
+        self._clock = clock
+        self._link = link
+        self._base_latency = latency_course(plan)
+        self._bandwidth = bandwidth_course(plan)
+        self._extra_latency = overlay(_effects(faults, LatencyFault, "extra_ms"), sum) or _NOTHING
+        self._extra_jitter = overlay(_effects(faults, JitterFault, "extra_ms"), sum) or _NOTHING
+        own_loss = partial(_any_of, link.loss)
+        self._loss = overlay(_effects(faults, LossFault, "probability"), own_loss) or Course(link.loss)
+        caps = [*_effects(faults, BandwidthFault, "cap_gbps"), *_effects(faults, PartitionFault)]
+        self._cap = overlay(caps, partial(min, default=math.inf)) or _NO_CAP
+        self._chance = stream(seed, f"link {plan.name}")
+        self._messages = 0
+        self._egress, self._ingress = egress, ingress
+        self._first_arrival = self._last_arrival = 0  # of the message before: its first bit, its last
+
+    def send(self, now: int, size_bytes: int, then: Callable[[Passage, T], None], value: T) -> None:
+        """As ``LinkModel.send``. Into a shared interface, messages of all its links go in order of arrival."""
+        self.sent_bytes += size_bytes
+        start, leaves = self._egress.enter(now, size_bytes) if self._egress else (now, now)
+        start = max(start, self._free_at)
+        end = max(leaves, transfer_end(start, size_bytes, self._rate))
+        arrival = max(self._last_arrival, end + self._latency_at(end) + self._delay(end, size_bytes))
+        while not self._cap.at(arrival):  # lost in a partition: sent again at its end
+            restored = int(self._cap.piece(arrival).end)
+            arrival = max(self._last_arrival, restored + self._latency_at(restored))
+        self._free_at, self._last_arrival = end, arrival
+        ingress, clock = self._ingress, self._clock
+        if ingress is None:
+            then((start, end, arrival), value)
+            return
+
+        def enter(_: object) -> None:
+            then((start, end, max(arrival, ingress.enter(clock.now, size_bytes)[1])), value)
+
+        self._first_arrival = max(self._first_arrival, arrival - (end - start))
+        clock.at(self._first_arrival, enter)
+
+    def _rate(self, time: int) -> Piece:
+        """The effective bandwidth: the lower one of the link's own and the cap."""
+        gbps, slope, end = self._bandwidth.piece(time)
+        cap, _, until = self._cap.piece(time)
+        end = min(end, until)
+        meet = (cap - gbps) / slope if slope else 0.0  # nanoseconds from now
+        if 0 < meet < end - time:
+            end = time + math.ceil(meet)
+        return Piece(gbps, slope, end) if gbps < cap or (gbps == cap and slope < 0) else Piece(cap, 0.0, end)
+
+    def _latency_at(self, time: int) -> int:
+        return round(self._base_latency.at(time)) + round(self._extra_latency.at(time) * NS_PER_MS)
+
+    def _delay(self, time: int, size_bytes: int) -> int:
+        """Jitter and retransmissions of the next message, whose last bit leaves at ``time``."""
+        chance = self._chance + 2 * self._messages
+        self._messages += 1
+        link = self._link
+        delay = 0.0
+        if mean := link.jitter_ms + self._extra_jitter.at(time):
+            delay += mean * min(_JITTER_CUT, -math.log(1.0 - unit(mix(chance))))
+        if loss := self._loss.at(time):
+            packets = max(1, -(-size_bytes // link.mtu_bytes))
+            delay += link.retransmit_ms * losses(1.0 - unit(mix(chance + 1)), loss, packets)
+        return round(delay * NS_PER_MS)
+
+
+def losses(chance: float, loss: float, packets: int) -> int:
+    """How often the unluckiest of a message's packets is lost, all others being sent again meanwhile.
+
+    Each of ``packets`` is lost k times or fewer with probability 1 - loss^(k+1); all of them with that to the power of
+    ``packets``. ``chance``, uniform in (0, 1], is taken for that probability, and k solved for.
+    """
+    exceeded = -math.expm1(math.log(chance) / packets)  # of a single packet, to be lost more than k times
+    return max(0, math.ceil(math.log(exceeded) / math.log(loss)) - 1) if exceeded else 0
+
+
+class Network:
+    """All links of a scenario."""
+
+    def __init__(self, scenario: Scenario, clock: Clock) -> None:
+        self._clock = clock
+        self._scenario = scenario
+        nics = {device.name: device.nic_gbps for device in scenario.cluster.devices if device.nic_gbps}
+        self._egress = {name: Interface(gbps) for name, gbps in nics.items()}
+        self._ingress = {name: Interface(gbps) for name, gbps in nics.items()}
+        plans = scenario.links()
+        links = [self._make(index, plan) for index, plan in enumerate(plans)]
+        self.data = [link for link, plan in zip(links, plans, strict=True) if plan.group == "data"]
+        """Head to first stage, between stages, last stage to head."""
+        self.control = [link for link, plan in zip(links, plans, strict=True) if plan.group == "control"]
+        """From the head to each stage."""
+        self.to_drafter, self.from_drafter = links[-2:]
+
+    def __iter__(self) -> Iterator[LinkModel]:
+        return iter((*self.data, *self.control, self.to_drafter, self.from_drafter))
+
+    def _make(self, index: int, plan: LinkPlan) -> LinkModel:
+        """A plain link, unless more is asked of it."""
+        targets = (plan.name, plan.group, "all", index if plan.group == "data" else plan.name)
+        faults = [fault for fault in self._scenario.faults if isinstance(fault, LinkFault) and fault.link in targets]
+        own_machine = plan.source == plan.target is not None
+        egress = self._egress.get(plan.source or "") if not own_machine else None
+        ingress = self._ingress.get(plan.target or "") if not own_machine else None
+        link = plan.link
+        if faults or link.jitter_ms or link.loss or link.profile or egress or ingress:
+            return VaryingLink(self._clock, plan, faults, self._scenario.seed, egress, ingress)
+        return LinkModel(plan.name, link)
+
+
+def _effects(faults: list[LinkFault], kind: type, strength: str | None = None) -> list[tuple[int, int, float]]:
+    """Start, end and strength of the faults of one kind; strength 0 where a kind has none."""
+    return [
+        (*active_ns(fault.start_ms, fault.duration_ms), getattr(fault, strength) if strength else 0.0)
+        for fault in faults
+        if isinstance(fault, kind)
+    ]
+
+
+def _any_of(own: float, others: list[float]) -> float:
+    """Probability that at least one of several independent things happens."""
+    return 1.0 - math.prod(1.0 - one for one in (*others, own)) if others else own
