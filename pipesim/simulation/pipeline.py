@@ -94,7 +94,7 @@ class Simulation:
         self.stages: list[StageServer] = []
         for index, plan in reversed(list(enumerate(plans))):
             leave = self._leave_to(index + 1, self.stages[0]) if self.stages else self._leave_last
-            device = device_of(plan.device, plan.name)
+            device = None if plan.device is None else devices[plan.device]
             pace = stage_pace(scenario.faults, index)
             self.stages.insert(0, server(self.clock, index, plan, device, observer, leave, pace))
         mortal = [stage for stage in self.stages if isinstance(stage, MortalStageServer)]

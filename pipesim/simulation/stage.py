@@ -1,7 +1,7 @@
 """A simulated stage server: computes runs in order of arrival, passes dead ones on as void frames.
 
 What is known when it is sent needs no event of its own: a frame waits in the inbox with the time of its arrival, a
-cancellation is looked up when its run's turn comes. Only "the next frame is here" and "the run is done" are events.
+cancellation is looked up when its run's turn comes. On a machine of its own a live run costs one event: it is done.
 """
 
 import math
@@ -39,7 +39,8 @@ class Frame:
 class StageServer:
     """One stage. ``leave(frame)`` is called when a frame goes on to the next link.
 
-    ``pace`` is the factor by which everything takes longer at a time, None: always 1.
+    ``device`` is None for a machine of its own. ``pace`` is the factor by which everything takes longer at a time, or
+    None.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class StageServer:
         clock: Clock,
         index: int,
         plan: StagePlan,
-        device: Device,
+        device: Device | None,
         observer: Observer,
         leave: Callable[[Frame], None],
         pace: Course | None = None,
@@ -64,7 +65,7 @@ class StageServer:
         self._inbox: deque[Frame] = deque()  # here or on the wire, in order of arrival
         self._current: Frame | None = None
         self._resting = True  # no frame here or on the wire
-        self._start = -1  # of the run being computed; -1 while it waits for a core
+        self._start = -1  # of the run being computed, or on the wire and next; -1 while it waits for a core
         self._end = -1
         self._work = 0  # of the run being computed: how long it takes where nothing slows it down
         self._plan = 0  # counts what was planned; an event of an older plan means nothing
@@ -74,11 +75,11 @@ class StageServer:
     def arrive(self, passage: Passage, frame: Frame) -> None:
         """A frame is on the wire, and will be here not before an earlier one."""
         frame.path += passage
-        frame.arrival = time = passage[2]
+        frame.arrival = passage[2]
         self._inbox.append(frame)
         if self._resting:
             self._resting = False
-            self._clock.at(time, self._take_up, self._plan)
+            self._next()
 
     def cancel(self, passage: Passage, run_ids: Sequence[int]) -> None:
         """The head calls off runs; the message is on the wire.
@@ -97,12 +98,13 @@ class StageServer:
     def drop_everything(self) -> None:
         """Forgets all frames and cancellations; a run that is being computed costs what was spent on it so far."""
         frame, now = self._current, self._clock.now
-        if frame is not None and self._start < 0:
-            self._device.withdraw(self._begin)
-        elif frame is not None:
-            if now > self._start:
-                self._record(self._index, frame.run_id, self._start, now, True)
-            self._device.release()
+        if frame is not None and 0 <= self._start < now:
+            self._record(self._index, frame.run_id, self._start, now, True)
+        if frame is not None and self._device is not None:
+            if self._start < 0:
+                self._device.withdraw(self._begin)
+            else:
+                self._device.release()
         self._inbox.clear()
         self._dead.clear()
         self._current, self._start, self._resting = None, -1, True
@@ -113,29 +115,40 @@ class StageServer:
             self._next()
 
     def _next(self) -> None:
-        """Takes up the next run as soon as it is here, after the void frames in front of it."""
+        """Takes up the next run as soon as it is here, after the void frames in front of it.
+
+        On a machine of its own the beginning and the end of a live run are known while it is on the wire.
+        """
         inbox, now = self._inbox, self._clock.now
         while inbox:
             frame = inbox[0]
-            if frame.arrival > now:
+            start = frame.arrival if frame.arrival > now else now
+            void = frame.void or self._dead.get(frame.run_id, start + 1) <= start
+            if start > now and (void or self._device is not None):
                 self._plan += 1
-                self._clock.at(frame.arrival, self._take_up, self._plan)
+                self._clock.at(start, self._take_up, self._plan)
                 return
             inbox.popleft()
-            if not (frame.void or self._dead.get(frame.run_id, now + 1) <= now):
+            if not void:
                 self._current = frame
-                self._device.acquire(self._begin)
+                if self._device is None:
+                    self._begin_at(start)
+                else:
+                    self._device.acquire(self._begin)
                 return
             self._pass_on(frame, True)
         self._resting = True
 
     def _begin(self) -> None:
-        frame, now = self._current, self._clock.now
+        self._begin_at(self._clock.now)
+
+    def _begin_at(self, start: int) -> None:
+        frame = self._current
         assert frame is not None
         run = frame.run
-        self._start = now
+        self._start = start
         self._work = work = max(1, round(self._seconds(run.kind, run.rows, frame.context) * 1e9))
-        end = now + work if self._pace is None else round(work_end(now, work, self._pace))
+        end = start + work if self._pace is None else round(work_end(start, work, self._pace))
         if frame.run_id in self._dead:  # it may have died while it waited for the core, or is going to
             end = self._cut(end, self._dead[frame.run_id])
         self._finish_at(end)
@@ -166,7 +179,8 @@ class StageServer:
         frame.path += (start, end)
         self._current = None
         self._start = -1
-        self._device.release()
+        if self._device is not None:
+            self._device.release()
         self._pass_on(frame, void)
         self._next()
 
@@ -178,7 +192,7 @@ class StageServer:
 
     def __str__(self) -> str:
         waiting = [frame.run_id for frame in self._inbox if frame.arrival <= self._clock.now]
-        if self._current is None:
+        if self._current is None or self._start > self._clock.now:
             return f"{self.name}: idle, runs {waiting} wait"
         doing = f"computes until {self._end / 1e9} s" if self._start >= 0 else f"waits for a core of {self._device}"
         return f"{self.name}: run {self._current.run_id} {doing}, runs {waiting} wait behind it"

@@ -6,6 +6,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipesim.scenario import LinearCost, StagePlan
 from pipesim.scheduling.runs import Run, RunKind
@@ -24,14 +26,14 @@ def on_the_wire(until_ms: float) -> Passage:
 class Bench:
     """Feeds frames and cancellations to a stage; collects spans and what leaves."""
 
-    def __init__(self, cores: int = 1, stage_ms: float = 100) -> None:
+    def __init__(self, cores: int = 1, stage_ms: float = 100, own: bool = False) -> None:
         self.clock = Clock()
         self.device = Device("d", cores)
         self.spans: list[tuple[Any, ...]] = []
         self.left: list[tuple[int, float, bool]] = []
         observer: Any = SimpleNamespace(stage_span=lambda *span: self.spans.append(span))
         plan = StagePlan("stage 0", 0, 10, None, LinearCost(kind="linear", constant_ms=stage_ms))
-        self.stage = StageServer(self.clock, 0, plan, self.device, observer, self.leave)
+        self.stage = StageServer(self.clock, 0, plan, None if own else self.device, observer, self.leave)
 
     def leave(self, frame: Frame) -> None:
         self.left.append((frame.run_id, self.clock.now / MS, frame.void))
@@ -88,6 +90,28 @@ def test_a_cancellation_that_comes_too_late_is_forgotten() -> None:
     bench.cancel(0, 150)
     assert bench.run() == [(0, 100, False)]
     assert not bench.stage._dead
+
+
+@given(
+    arrivals=st.lists(st.tuples(st.integers(0, 60), st.booleans()), min_size=1, max_size=8),
+    cancellations=st.lists(st.tuples(st.integers(0, 400), st.integers(0, 400), st.integers(0, 7)), max_size=6),
+)
+def test_a_stage_on_its_own_machine_does_as_one_on_a_device_that_nobody_else_uses(
+    arrivals: list[tuple[int, bool]], cancellations: list[tuple[int, int, int]]
+) -> None:
+    """Alone, it plans ahead: a cancellation may come while a run that it has planned is still on the wire."""
+    benches = [Bench(own=own) for own in (True, False)]
+    for bench in benches:
+        at_ms = 0
+        for run_id, (gap_ms, void) in enumerate(arrivals):
+            at_ms += gap_ms
+            bench.arrive(run_id, at_ms, void)
+        for sent_ms, flight_ms, run_id in cancellations:
+            later = sent_ms + flight_ms
+            bench.clock.at(sent_ms * MS, lambda _, b=bench, i=run_id, at=later: b.cancel(i, at))
+        bench.run()
+    assert benches[0].left == benches[1].left
+    assert benches[0].spans == benches[1].spans
 
 
 def test_a_void_frame_passes_through_unpaid() -> None:
