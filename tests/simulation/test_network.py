@@ -1,21 +1,28 @@
 """Links by themselves against closed forms: chance, faults, shared interfaces, queues."""
 
+import itertools
 import math
 import random
+import typing
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from passages import pass_over
-from scenario_builder import build
+from scenario_builder import PLAIN, build
 
-from pipesim.scenario import Link, LinkFault, LinkPlan
+from pipesim.scenario import Fault, Link, LinkFault, LinkPlan, OwnLink, Profile
 from pipesim.scenario.faults import BandwidthFault, JitterFault, LatencyFault, LossFault, PartitionFault
+from pipesim.scenario.network import PRESETS
+from pipesim.scenario_file import load_scenario
 from pipesim.simulation.devices import Clock
 from pipesim.simulation.links import LinkModel
 from pipesim.simulation.network import Network, VaryingLink, losses
+from pipesim.simulation.pipeline import simulate
 
 MS = 1_000_000
 MANY = 20_000
@@ -316,3 +323,45 @@ def test_a_fault_hits_the_links_that_it_names(target: str, expected: set[str]) -
     }
     assert hit == {plan.name for plan in scenario.links() if {plan.name, plan.group} & expected}
     assert hit
+
+
+# -- what the documentation says ---------------------------------------------------------------------------------------
+
+PAGE = (Path(__file__).parent.parent.parent / "docs" / "network.md").read_text()
+
+
+def table(heading: str) -> list[list[str]]:
+    """The cells of the first table after a heading, without backticks."""
+    lines = itertools.dropwhile(lambda line: not line.startswith("|"), PAGE.split(f"\n{heading}\n")[1].splitlines())
+    rows = [line.strip("|").split("|") for line in itertools.takewhile(lambda line: line.startswith("|"), lines)]
+    return [[cell.strip().replace("`", "") for cell in row] for row in rows[2:]]
+
+
+def test_the_page_has_every_key_and_default() -> None:
+    links = table("## Links")
+    assert {row[0] for row in links} == set(OwnLink.model_fields)
+    plain = Link()
+    for key, _, default in links:
+        if default not in ("none", "no limit"):
+            assert float(default) == getattr(plain, key)
+    assert {row[0] for row in table("### Profiles")} == set(Profile.model_fields)
+    faults = {row[0]: set(row[1].split(", ")) for row in table("## Faults")}
+    for kind in typing.get_args(typing.get_args(Fault)[0]):
+        fields = set(kind.model_fields) - {"kind", "start_ms", "duration_ms"}
+        assert faults.pop(typing.get_args(kind.model_fields["kind"].annotation)[0]) == fields
+    assert not faults
+
+
+def test_the_page_has_every_preset() -> None:
+    for name, *figures in table("### Presets"):
+        preset = PRESETS[name]
+        expected = (preset.latency_ms, preset.bandwidth_gbps, preset.jitter_ms, preset.loss)
+        assert [float(figure) for figure in figures] == pytest.approx(expected, rel=1e-4)
+    assert {row[0] for row in table("### Presets")} == set(PRESETS)
+
+
+def test_the_example_on_the_page_simulates(tmp_path: Path) -> None:
+    raw = {**PLAIN, **yaml.safe_load(PAGE.split("```yaml\n")[1].split("```")[0])}
+    (tmp_path / "trace.csv").write_text("at_ms,latency_ms\n0,1\n500,9\n")
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(raw))
+    assert simulate(load_scenario(tmp_path / "s.yaml")).complete
