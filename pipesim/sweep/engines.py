@@ -11,6 +11,7 @@ import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnContext
 from typing import Any
@@ -93,7 +94,9 @@ class _Worker:
         self.given: deque[int] = deque()
         self.started = False
         self.process = context.Process(target=_serve, args=(theirs, function), daemon=True)
-        # Ctrl-C reaches every process of a terminal; it is this one that has to answer it
+        # Ctrl-C reaches every process of a terminal; it is this one that has to answer it. The tracker, which would
+        # start with the first worker, unblocks signals in passing.
+        resource_tracker.ensure_running()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             self.process.start()

@@ -142,7 +142,7 @@ LONG = ["--vary", "cluster.links.latency_ms=0:30:lin30", "--set", "workload.max_
 
 
 def lines(journal: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in journal.read_text().splitlines()] if journal.exists() else []
+    return [json.loads(line) for line in journal.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
@@ -152,7 +152,7 @@ def test_an_interrupted_sweep_goes_on_where_it_was(scenario: str, tmp_path: Path
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    while len(lines(journal)) < 5 and process.poll() is None:
+    while (journal.read_bytes() if journal.exists() else b"").count(b"\n") < 5 and process.poll() is None:
         time.sleep(0.01)
     if how is signal.SIGINT:
         os.killpg(process.pid, how)  # as a terminal does: the workers get it, too

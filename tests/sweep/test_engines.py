@@ -78,6 +78,19 @@ def test_workers_end_with_whoever_started_them() -> None:
     assert not [pid for pid in pids if os.path.exists(f"/proc/{pid}")]
 
 
+def test_ctrl_c_is_for_whoever_started_the_workers() -> None:
+    """From the first worker of a process on."""
+    script = (
+        "import functools, signal\n"
+        "from pipesim.sweep.engines import run_local\n"
+        "if __name__ == '__main__':\n"
+        "    ((_, blocked, _),) = run_local(functools.partial(signal.pthread_sigmask, signal.SIG_BLOCK), [[]], 1)\n"
+        "    print(signal.SIGINT in blocked, signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert ended.stdout.split() == ["True", "False"], ended.stderr
+
+
 def test_an_unknown_engine_is_refused() -> None:
     with pytest.raises(BadInputError, match="use one of local, ray"):
         find_engine("spark")
