@@ -41,7 +41,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import floor, inf
 
-from pipesim.scenario import LinkPlan, Scenario, StagePlan
+from pipesim.scenario import Link, Scenario, StagePlan
 from pipesim.scheduling.runs import RunKind
 from pipesim.simulation.acceptance import Truth, make_truth
 from pipesim.simulation.courses import at_best
@@ -130,8 +130,7 @@ class _Wire:
     outputs_only: bool = False
 
     @classmethod
-    def of(cls, plan: LinkPlan, row_bytes: int, outputs_only: bool = False) -> "_Wire":
-        link = at_best(plan)
+    def of(cls, link: Link, row_bytes: int, outputs_only: bool = False) -> "_Wire":
         ns_per_byte = 8.0 / link.bandwidth_gbps if link.bandwidth_gbps else 0.0
         return cls(round(link.latency_ms * 1e6), ns_per_byte, row_bytes, outputs_only)
 
@@ -204,7 +203,7 @@ class _Drafter:
 
     def __init__(self, scenario: Scenario, prompt: int) -> None:
         cluster, plan = scenario.cluster, scenario.drafter(branches=1)
-        wire = _Wire.of(scenario.links()[-1], TOKEN_BYTES)
+        wire = _Wire.of(at_best(scenario.links()[-1]), TOKEN_BYTES)
         self._level = round(plan.level_ms * 1e6)
         self._there = wire.crossed(HEADER_BYTES + TOKEN_BYTES)
         self._back = wire.crossed(draft_bytes(1)) + round(cluster.head.overhead_ms * 1e6)
@@ -255,7 +254,7 @@ class _Pipeline:
 
     def __init__(self, scenario: Scenario, prompt: int, tokens: int) -> None:
         cluster, plans = scenario.cluster, scenario.stages()
-        hops = [link for link in scenario.links() if link.group == "data"]
+        hops = [at_best(link) for link in scenario.links() if link.group == "data"]
         self.overhead = round(cluster.head.overhead_ms * 1e6)
         self._prompt, self._chunk, self._window = prompt, cluster.prefill_chunk, cluster.prefill_window
         activations = scenario.model.hidden * scenario.model.activation_bytes
