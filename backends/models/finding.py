@@ -53,8 +53,11 @@ def is_hub_name(model: str) -> bool:
 
 
 def _from_hub(name: str) -> Path:
-    import huggingface_hub  # takes a while, and only this needs it
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    try:
+        import huggingface_hub  # takes a while, and only this needs it
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    except ImportError as error:
+        raise BadInputError(f"model {name!r} is no path here; hub names need: pip install huggingface_hub") from error
 
     def snapshot(local: bool) -> Path:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(_HUB_FILES), local_files_only=local))

@@ -10,6 +10,7 @@ from pipesim.errors import BadInputError
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 _REFUSED = ("attention_bias", "mlp_bias", "attn_logit_softcapping", "final_logit_softcapping")
 _DEFAULTS: dict[str, dict[str, Any]] = {  # what the family's files may leave out
+    "mistral": {"sliding_window": 4096},
     "qwen3": {"head_dim": 128},
     "gemma3_text": {
         "vocab_size": 262208,
@@ -41,7 +42,10 @@ def config_from_huggingface(raw: Mapping[str, Any], where: str) -> ModelConfig:
         raise BadInputError(
             f"{where}: model_type {raw.get('model_type')!r} is not supported, only {', '.join(FAMILIES)}"
         )
-    raw = _DEFAULTS.get(family.name, {}) | {key: value for key, value in raw.items() if value is not None}
+    given = {key: value for key, value in raw.items() if value is not None}
+    if "sliding_window" in raw:  # null: no window, not the default one
+        given.setdefault("sliding_window", 0)
+    raw = _DEFAULTS.get(family.name, {}) | given
     for key in _REFUSED:
         if raw.get(key):
             raise BadInputError(f"{where}: {key} is set, models with that are not supported")

@@ -53,6 +53,12 @@ def test_a_half_cached_model_without_network_is_named(cache: Path, lost: str) ->
         find_model("someone/tiny")
 
 
+def test_without_the_hub_s_library_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(BadInputError, match="pip install huggingface_hub"):
+        find_model("someone/tiny")
+
+
 def test_a_model_that_is_nowhere_is_named(cache: Path) -> None:
     with pytest.raises(
         BadInputError, match=r"'someone/else' is neither a path nor in the local .* cannot be downloaded"

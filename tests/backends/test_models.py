@@ -1,6 +1,7 @@
 """The lean layers compute what transformers computes, from safetensors and from GGUF, and keep only their part."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,11 +10,12 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import FAMILY_CONFIGS, Chain, prefill_runs, save_gguf, save_tiny, tiny_config, tiny_source
 
 from backends.control import ConfigureStage
 from backends.frames import TOKEN_BYTES
+from backends.models.config import ModelConfig
 from backends.models.finding import find_model
 from backends.models.huggingface_config import config_from_huggingface
 from backends.models.loading import ModelSource, fingerprint, open_model
@@ -81,6 +83,35 @@ def test_logits_of_every_family_equal_transformers(tmp_path: Path, family: str, 
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model").save_pretrained(folder)
     got = all_logits(StageModel(open_model(folder), 0, 4), TOKENS)
     torch.testing.assert_close(got, expected, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_the_text_part_of_a_model_for_images_is_a_model(tmp_path: Path, prefix: str) -> None:
+    folder = save_tiny(tmp_path / "text", **FAMILY_CONFIGS["gemma3"])
+    both = tmp_path / "both"
+    both.mkdir()
+    config = json.loads((folder / "config.json").read_text())
+    outer = {"model_type": "gemma3", "eos_token_id": [1, 106], "text_config": config, "vision_config": {}}
+    (both / "config.json").write_text(json.dumps(outer))
+    weights = {name.replace("model.", prefix): w for name, w in load_file(folder / "model.safetensors").items()}
+    save_file(weights | {"vision_tower.x": torch.zeros(1)}, both / "model.safetensors")
+    models = [StageModel(open_model(path), 0, 4) for path in (folder, both)]
+    assert torch.equal(all_logits(models[0], TOKENS), all_logits(models[1], TOKENS))
+
+
+def test_what_a_config_leaves_out_is_the_family_s_default() -> None:
+    def config(**changes: Any) -> ModelConfig:
+        return config_from_huggingface(tiny_config(**changes), "config.json")
+
+    assert config(eos_token_id=[2, 7]).eos_ids == (2, 7)
+    assert {kind.window for kind in config(model_type="mistral").kinds} == {4096}
+    assert {kind.window for kind in config(model_type="mistral", sliding_window=None).kinds} == {0}
+    assert config(model_type="qwen3").head_dim == 128
+    sparse = {"model_type": "gemma3_text", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 7}
+    gemma = config_from_huggingface(sparse, "config.json")
+    assert [kind.window for kind in gemma.kinds] == [4096] * 5 + [0, 4096]
+    assert [kind.rope_theta for kind in gemma.kinds] == [1e4] * 5 + [1e6, 1e4]
+    assert (gemma.heads, gemma.kv_heads, gemma.head_dim, gemma.tied) == (8, 4, 256, True)
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILY_CONFIGS if name != "qwen2-windows"])
