@@ -1,11 +1,15 @@
 """Which drafted tokens are right: the schema of acceptance models. Formulas and limits: docs/acceptance.md."""
 
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from pipesim.scenario.section import Section
+
+if TYPE_CHECKING:
+    from pipesim.acceptance_trace import AcceptanceTrace
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 
@@ -95,6 +99,13 @@ class TraceAcceptance(Section):
     kind: Literal["trace"]
     file: Path = Field(strict=False)
     """What execute --record-acceptance wrote (JSON, see docs/acceptance.md). Relative to the scenario file."""
+
+    @cached_property
+    def recorded(self) -> "AcceptanceTrace":
+        """What the file holds. Raises BadInputError."""
+        from pipesim.acceptance_trace import read_acceptance_trace  # which needs sections itself
+
+        return read_acceptance_trace(self.file)
 
 
 Acceptance = Annotated[

@@ -1,5 +1,6 @@
 """A whole scenario, what must hold across its sections, and its JSON Schema."""
 
+import contextlib
 import inspect
 from collections.abc import Iterator
 from itertools import chain
@@ -31,6 +32,7 @@ from pipesim.scenario.workload import Execution, PolicySection, Workload
 from pipesim.scheduling.policy import make_policy, policy_class, policy_names
 from pipesim.scheduling.scheduler import Scheduler
 
+_CHARACTERS_PER_TOKEN = 4
 _LOWEST_TEMPERATURE = 1e-3  # sampling divides by it
 
 
@@ -194,22 +196,30 @@ class Scenario(Section):
     def drafter(self, branches: int | None = None) -> DraftPlan:
         """The drafter's times, given or from its model; for trees of ``branches``, None: of as many as the policy's."""
         branches = branches or self.policy.build().limits.branches
-        return draft_plan(self.cluster.drafter, self.workload.prompt_length, self._middle(), branches)
+        return draft_plan(self.cluster.drafter, self.prompt_length(), self._middle(), branches)
 
     def kv_cells(self) -> int:
         """KV cells of every stage."""
         given = self.cluster.kv_cells
         return self.policy.build().limits.kv_cells(self._text()) if given is None else given
 
+    def prompt_length(self) -> int:
+        """Tokens of the prompt: as given, as in the recorded trace, or estimated from the text's length."""
+        workload, acceptance = self.workload, self.acceptance
+        if workload.prompt_tokens is None and isinstance(acceptance, TraceAcceptance):
+            with contextlib.suppress(BadInputError):  # a real run may be about to record it; no simulation starts
+                return len(acceptance.recorded.prompt_tokens)
+        return workload.prompt_tokens or -(-len(workload.prompt or "") // _CHARACTERS_PER_TOKEN)
+
     def _draft_load(self) -> Load | None:
         return draft_load(self.cluster.drafter, self._text())
 
     def _text(self) -> int:
-        return self.workload.prompt_length + self.workload.max_new_tokens
+        return self.prompt_length() + self.workload.max_new_tokens
 
     def _middle(self) -> float:
         """Cells to which a row attends in the middle of the text."""
-        return self.workload.prompt_length + self.workload.max_new_tokens / 2
+        return self.prompt_length() + self.workload.max_new_tokens / 2
 
     def hops(self) -> tuple[Link, ...]:
         """The data links in order: head to first stage, between stages, last stage to head."""

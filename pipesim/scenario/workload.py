@@ -7,8 +7,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from pipesim.scenario.section import Section
 from pipesim.scheduling.policy import Policy, make_policy
 
-_CHARACTERS_PER_TOKEN = 4
-
 
 class Workload(Section):
     """What the user asks for."""
@@ -36,11 +34,6 @@ class Workload(Section):
     """Real runs: makes tokens that the text has had already, prompt included, less likely from 1 on."""
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(default=(), strict=False)
     """Real runs: the text ends before the first of these strings."""
-
-    @property
-    def prompt_length(self) -> int:
-        """Tokens of the prompt, as far as it is known without a tokenizer; 0 if only a recorded trace knows them."""
-        return self.prompt_tokens or -(-len(self.prompt or "") // _CHARACTERS_PER_TOKEN)
 
 
 class PolicySection(BaseModel):

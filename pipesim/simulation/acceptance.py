@@ -8,7 +8,7 @@ unlucky positions (common random numbers).
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from pipesim.acceptance_trace import AcceptanceTrace, read_acceptance_trace
+from pipesim.acceptance_trace import AcceptanceTrace
 from pipesim.errors import BadInputError
 from pipesim.scenario import (
     DrawnAcceptance,
@@ -205,8 +205,8 @@ def make_truth(scenario: Scenario) -> Truth:
     if acceptance is None:
         raise BadInputError("acceptance: a simulation needs this section, e.g. acceptance: {kind: iid, rate: 0.7}")
     if not isinstance(acceptance, TraceAcceptance):
-        return DrawnTruth(acceptance, scenario.seed, workload.prompt_length, scenario.model.vocabulary)
-    truth = RecordedTruth(read_acceptance_trace(acceptance.file))
+        return DrawnTruth(acceptance, scenario.seed, scenario.prompt_length(), scenario.model.vocabulary)
+    truth = RecordedTruth(acceptance.recorded)
     if workload.prompt_tokens not in (None, len(truth.prompt)):
         raise BadInputError(
             f"workload.prompt_tokens = {workload.prompt_tokens}, but {acceptance.file} recorded {len(truth.prompt)}: "

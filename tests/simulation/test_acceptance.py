@@ -276,6 +276,27 @@ def test_a_recorded_trace_gives_its_text_under_every_policy(recorded: list[str])
         assert trace.prompt_tokens == 2
 
 
+def test_the_recorded_prompt_is_as_long_as_a_given_one_for_memory_context_and_drafter(tmp_path: Path) -> None:
+    path = write_trace(tmp_path / "trace.json", prompt_tokens=list(range(300)))
+    sets = [
+        "model={profile: llama-2-7b}",
+        "cluster.stages.0.cost={kind: roofline, profile: h100-sxm}",
+        "cluster.drafter={model: {profile: tinyllama-1.1b}, cost: {kind: roofline, profile: rtx-4090}}",
+        f"acceptance={{kind: trace, file: {path}}}",
+    ]
+    short, recorded, given = (
+        build(*sets, f"workload={{max_new_tokens: 40, {prompt}}}")
+        for prompt in ("prompt_tokens: 2", "prompt: hi", "prompt_tokens: 300")
+    )
+    assert recorded.stage_summaries() == given.stage_summaries() != short.stage_summaries()
+    assert recorded.drafter() == given.drafter() != short.drafter()
+    assert recorded.kv_cells() == given.kv_cells() == short.kv_cells() + 298
+
+
+def test_a_scenario_may_name_a_trace_that_a_real_run_is_about_to_record() -> None:
+    assert build("acceptance={kind: trace, file: nowhere.json}", "workload={max_new_tokens: 4, prompt: some text}")
+
+
 def test_recorded_candidates_decide_what_is_accepted(recorded: list[str]) -> None:
     trace = simulate(build(*recorded, "policy={name: speculative, max_nodes: 1}"))
     world = make_truth(build(*recorded))
