@@ -95,16 +95,17 @@ class ModelPart:
         parameters = self.layers * shape.layer_parameters + tables * shape.embedding_parameters
         return (parameters + self.predicts * shape.hidden) * self.weight_bytes
 
-    def kv_cell(self) -> float:
-        """Bytes of one KV cell in all layers."""
-        return float(self.layers * self.shape.kv_elements * self.kv_bytes)
-
-    def memory_bytes(self, kv_cells: int, devices: int = 1) -> float:
-        """Weights and KV cells on each of ``devices`` tensor-parallel devices; activations are small and left out.
+    def kv_cell(self, devices: int = 1) -> float:
+        """Bytes of one KV cell in all layers, on that one of ``devices`` tensor-parallel devices that holds most.
 
         A KV head cannot be divided: devices beyond their number hold copies.
         """
-        return self.weights() / devices + kv_cells * self.kv_cell() / min(devices, self.shape.kv_heads)
+        heads = -(-self.shape.kv_heads // devices)
+        return self.layers * self.shape.kv_elements / self.shape.kv_heads * heads * self.kv_bytes
+
+    def memory_bytes(self, kv_cells: int, devices: int = 1) -> float:
+        """Weights and KV cells on each of ``devices`` tensor-parallel devices; activations are small and left out."""
+        return self.weights() / devices + kv_cells * self.kv_cell(devices)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +137,7 @@ class Roofline:
 
     * per layer, its matrices: ``max(weight_bytes / bandwidth, 2 r weights / flops) / N``. Weights are read once per
       run, whatever its rows: this is why a micro-batch is cheap where bandwidth is the limit;
-    * per layer, attention: ``max(s kv_cell_bytes / min(N, kv_heads) / bandwidth, 4 r s heads head_dim / N / flops)``.
+    * per layer, attention: ``max(s kv_cell_bytes / bandwidth, 4 r s heads head_dim / N / flops)``, KV heads undivided.
       The rows of a run share their context, whose cells are read once;
     * per layer, for ``N > 1``: two ring all-reduces, after attention and after the MLP, of
       ``2 (N - 1) / N * r hidden activation_bytes / link_bandwidth + 2 (N - 1) link_latency`` each (Patarasuk and Yuan,
@@ -151,7 +152,7 @@ class Roofline:
         matrices = part.layers * (shape.layer_parameters - 2 * shape.hidden) / devices
         self._weights = matrices * part.weight_bytes / machine.bandwidth
         self._weights_row = 2 * matrices / machine.flops
-        self._cell = part.kv_cell() / min(devices, shape.kv_heads) / machine.bandwidth
+        self._cell = part.kv_cell(devices) / machine.bandwidth
         self._cell_row = 4 * part.layers * shape.heads * shape.head_dim / devices / machine.flops
         table = shape.embedding_parameters / devices
         self._head = part.predicts * table * part.weight_bytes / machine.bandwidth

@@ -90,9 +90,10 @@ class ModelShapeSection(Section):
         sizes = (self.layers, self.hidden, self.heads, kv_heads, self.intermediate, self.vocabulary)
         return ModelShape(*sizes, gated=self.gated, tied=self.tied)
 
-    def part(self, layers: int, embeds: bool, predicts: bool, activation_bytes: int = 2) -> ModelPart:
+    def part(self, layers: int, embeds: bool, predicts: bool, activation_bytes: int | None = None) -> ModelPart:
         """What a stage with so many layers holds; only if nothing is :meth:`missing`."""
         weight_bytes = BITS_PER_WEIGHT[self.quantization] / 8
+        activation_bytes = activation_bytes or (4 if self.quantization == "fp32" else 2)
         return ModelPart(self.shape(), layers, embeds, predicts, weight_bytes, self.kv_bytes, activation_bytes)
 
 

@@ -166,6 +166,14 @@ def test_a_draft_model_s_level_is_one_run_of_it() -> None:
     assert wider.level_ms > 2 * plan.level_ms, "bound by compute: all branches of a level count"
 
 
+def test_a_float32_draft_model_exchanges_float32_activations() -> None:
+    model = build("cluster.drafter={model: {profile: tinyllama-1.1b}, cost: {kind: roofline, profile: h100-sxm}}")
+    section = model.cluster.drafter.model
+    assert section is not None
+    exact = section.model_copy(update={"quantization": "fp32"})
+    assert [one.part(22, True, True).activation_bytes for one in (section, exact)] == [2, 4]
+
+
 def test_the_schema_knows_the_profiles_and_needs_no_sizes_beside_them() -> None:
     definitions = json_schema()["$defs"]
     assert set(definitions["Model"]["properties"]["profile"]["enum"]) == {*MODELS, None}

@@ -72,15 +72,13 @@ def test_tensor_parallel_devices_divide_the_work_and_pay_two_all_reduces_per_lay
         assert linked - two == pytest.approx(3 * 2 * ring)
 
 
-def test_a_kv_head_cannot_be_divided() -> None:
-    """Eight devices, two KV heads: each device reads half of the cells."""
-    cells = [
-        seconds(MIDDLE, replace(SLOW_MEMORY, devices=devices), 1, context=1e6)
-        - seconds(MIDDLE, replace(SLOW_MEMORY, devices=devices), 1)
-        for devices in (1, 2, 8)
-    ]
-    assert cells[0] == pytest.approx(2 * cells[1])
-    assert cells[1] == pytest.approx(cells[2])
+@pytest.mark.parametrize(("kv_heads", "devices", "held"), [(2, 1, 2), (2, 2, 1), (2, 8, 1), (8, 4, 2), (8, 3, 3)])
+def test_a_kv_head_cannot_be_divided(kv_heads: int, devices: int, held: int) -> None:
+    """The device with most heads reads, and holds, whole ones."""
+    part, machine = replace(MIDDLE, shape=replace(SHAPE, kv_heads=kv_heads)), replace(SLOW_MEMORY, devices=devices)
+    cell = 3 * held * 2 * 8 * 2
+    assert seconds(part, machine, context=1e6) - seconds(part, machine) == pytest.approx(1e6 * cell / 1e6)
+    assert part.memory_bytes(1000, devices) - part.memory_bytes(0, devices) == pytest.approx(1000 * cell)
 
 
 machines = st.builds(
