@@ -135,11 +135,12 @@ def test_a_roofline_cost_reaches_the_stages_as_described() -> None:
     stage = "{repeat: 2, cost: {kind: roofline, profile: h100-sxm, bandwidth_efficiency: 0.5, overhead_ms: 1}}"
     plan, _ = build(
         LLAMA,
+        "model.activation_bytes=4",
         f"cluster.stages=[{stage}]",
         "cluster.stages.0.cost.tensor_parallel=4",
         "cluster.stages.0.cost.all_reduce={profile: nvlink-4, latency_us: 5}",
     ).stages()
-    part = ModelPart(MODELS["llama-2-7b"].shape, 16, True, False, 4.83 / 8)
+    part = ModelPart(MODELS["llama-2-7b"].shape, 16, True, False, 4.83 / 8, activation_bytes=4)
     machine = Machine(0.5 * 3350e9, 0.7 * 989.4e12, 1e-3, 4, 450e9, 5e-6)
     for kind in RunKind:
         expected = Roofline(part, machine).seconds(kind, 5, 100)

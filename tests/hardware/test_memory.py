@@ -103,6 +103,18 @@ def test_memory_can_be_given_and_without_it_there_is_no_limit() -> None:
     assert build("model={profile: falcon-180b, quantization: fp32}", f"cluster.stages=[{{cost: {own}}}]")
 
 
+def test_a_draft_model_holds_the_whole_text_and_divides_among_its_devices() -> None:
+    def need(cost: str, tokens: int) -> float:
+        drafter = f"cluster.drafter={{model: {{profile: llama-2-7b, quantization: fp16}}, cost: {cost}}}"
+        told = problem(drafter, f"workload={{prompt_tokens: 1, max_new_tokens: {tokens}}}")
+        return float(re.findall(r"the draft model: .* need ([\d.]+) GiB", told)[0])
+
+    one = "{kind: roofline, profile: rtx-4090, memory_gib: 1}"
+    two = f"{one[:-1]}, tensor_parallel: 2, all_reduce: {{profile: pcie-4-x16}}}}"
+    assert need(one, 4095) == pytest.approx(2 * 6_738_415_616 / GIB + 2, abs=0.01), "4096 cells of 512 KiB"
+    assert need(two, 4095) == pytest.approx(need(one, 4095) / 2, abs=0.01)
+
+
 def test_the_draft_model_must_fit_too() -> None:
     model, cost = "{profile: falcon-40b, quantization: q8_0}", "{kind: roofline, profile: rtx-4090, memory_gib: 24}"
     told = problem(f"cluster.drafter={{model: {model}, cost: {cost}}}")
