@@ -188,6 +188,14 @@ def test_what_is_right_at_one_depth_is_right_at_every_depth_with_a_higher_rate()
     assert all(farther <= nearer for one in zip(far, middle, near, strict=True) for farther, nearer in pairwise(one))
 
 
+def test_depth_counts_what_is_in_flight_too() -> None:
+    """Drafts of one token each, one behind the other: only those right after the committed text have the first rate."""
+    scenario = build("acceptance={kind: per_depth, rates: [1, 0]}", "policy={name: pipeinfer, micro_batch: 1}")
+    trace = simulate(scenario, truth=(spy := Spy(make_truth(scenario))))
+    assert {depth for _, _, depth in spy.seen} >= {1, 2, 3}
+    assert 0 < trace.drafted_accepted < trace.drafted_verified
+
+
 def test_one_rate_for_all_depths_is_the_iid_truth() -> None:
     assert drafts(truth(kind="per_depth", rates=[0.7]), depth=5, many=500) == drafts(iid(0.7), many=500)
 
