@@ -26,7 +26,7 @@ def place_layers(
     waiting = [(time(2), 1, stage) for stage, time in enumerate(seconds)]
     heapq.heapify(waiting)
     left = layers - len(placed)
-    while left and waiting:
+    while left > 0 and waiting:
         _, _, stage = heapq.heappop(waiting)
         if room is not None and not room(stage, placed):
             continue  # memory only fills up: it has no room later either

@@ -61,6 +61,10 @@ def test_it_is_exact_where_two_stages_share_memory(stages: list[tuple[int, int]]
         assert sum(placed) < layers
 
 
+def test_every_stage_gets_a_layer_even_if_there_are_fewer() -> None:
+    assert place_layers(1, [partial(affine, 0, 1)] * 3) == (1, 1, 1)
+
+
 def test_faster_stages_get_more_layers() -> None:
     stages = f"[{{layers: auto, {PER_LAYER}1}}}}, {{layers: auto, {PER_LAYER}2}}}}]"
     assert [plan.layers for plan in build(f"cluster.stages={stages}").stages()] == [8, 4]
