@@ -319,6 +319,7 @@ async def _record(job: _Job, prober: Prober, tokens: tuple[int, ...], planted: P
         prompt_tokens=started.prompt,
         tokens=tokens,
         stop_tokens=started.stop_tokens,
+        stop_string=0 < len(tokens) < started.max_new_tokens and tokens[-1] not in started.stop_tokens,
         candidates=drafts[0],
         detours=drafts[1],
     )

@@ -51,6 +51,8 @@ class AcceptanceTrace(Section):
     """The target's token ids after the prompt."""
     stop_tokens: tuple[_Token, ...] = ()
     """Token ids that end a text; none where it ran to a given length."""
+    stop_string: bool = False
+    """Whether a string ended this text, with its last token."""
     candidates: tuple[_Ranked, ...]
     """Per entry of ``tokens`` the drafter's ``[token, confidence]``, best first, given all recorded tokens before."""
     detours: tuple[tuple[Annotated[int, Field(ge=1)], _Token, _Ranked], ...] | None = None

@@ -50,8 +50,9 @@ def plan_tiles(
         hidden = np.clip(positions + 1 - (window or END) - blocks[:, None], 0, counts)
         # A unit that no row sees is left out: in a larger tile its weights would be zero, which changes no bit.
         near = np.flatnonzero((hidden < counts).any(axis=1))
-        padding = ((0, 0), (0, padded_stop - stop))  # rows that see everything, to stay finite
-        first, last = np.pad(hidden[near], padding), np.pad(counts[near], padding, constant_values=BLOCK)
+        # padding rows see everything, to stay finite
+        first, last = (np.full((len(near), padded_stop - start), seen) for seen in (0, BLOCK))
+        first[:, : stop - start], last[:, : stop - start] = hidden[near], counts[near]
         tiles[window] = _tile([cells[unit] for unit in near], first, last, table.total)
     return tiles
 

@@ -23,6 +23,7 @@ from pipesim.simulation.randomness import mix, stream, unit
 
 _MASK = 2**64 - 1
 _TARGET, _DRAFTER = 0x7461726765740001, 0x6472616674657202  # one stream for each subsystem
+_STOP_STRING = 2**31  # stands for the token that completes the string: no token has this id
 _REMEMBERED = 1024  # positions whose draw is kept, a power of 2: more than are in flight at a time
 
 Rates = tuple[float, ...]
@@ -170,13 +171,17 @@ class RecordedTruth:
     """
 
     def __init__(self, trace: AcceptanceTrace) -> None:
+        tokens, self._candidates = trace.tokens, trace.candidates
         self.prompt, self.stop_tokens, self.depths = trace.prompt_tokens, trace.stop_tokens, 1
-        self.length = len(trace.tokens)
+        if trace.stop_string and tokens:
+            last = tuple((_STOP_STRING if token == tokens[-1] else token, c) for token, c in self._candidates[-1])
+            tokens, self._candidates = (*tokens[:-1], _STOP_STRING), (*self._candidates[:-1], last)
+            self.stop_tokens = (_STOP_STRING,)
+        self.length = len(tokens)
         """Tokens after the prompt."""
-        self.stopped = trace.tokens[-1:] != () and trace.tokens[-1] in trace.stop_tokens
-        """Whether a stop token ended the text."""
-        self._text = (*trace.prompt_tokens, *trace.tokens)
-        self._candidates = trace.candidates
+        self.stopped = tokens[-1:] != () and tokens[-1] in self.stop_tokens
+        """Whether a stop token or string ended the text."""
+        self._text = (*trace.prompt_tokens, *tokens)
         self._detours: dict[tuple[int, int], Sequence[Candidate]] | None = None
         if trace.detours is not None:
             self._detours = {(at, previous): ranked for at, previous, ranked in trace.detours}

@@ -379,6 +379,15 @@ def test_compare_shows_every_metric_of_both_worlds(scenario: Path, tmp_path: Pat
     assert "All texts were equal" in people.stdout
 
 
+def test_compare_takes_stop_strings(scenario: Path) -> None:
+    text = str(as_json(pipesim("execute", scenario, "--json"))["text"])
+    stop = text[len(text) // 2 :][:6]
+    done = pipesim("compare", scenario, "--repeats", 1, "--json", "--set", f"workload.stop=['{stop}']")
+    figures = as_json(done)["metrics"]
+    assert isinstance(figures, dict)
+    assert figures["e2e_s"]["predicted"] > 0
+
+
 def test_compare_on_a_full_disk_is_one_message(scenario: Path) -> None:
     with open("/dev/full", "w") as full:
         asked = command("compare", scenario, "--repeats", 1, "--json")

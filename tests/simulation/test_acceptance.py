@@ -18,8 +18,10 @@ from scenario_builder import build
 from pipesim.acceptance_trace import FORMAT, AcceptanceTrace, read_acceptance_trace, write_acceptance_trace
 from pipesim.errors import BadInputError
 from pipesim.scenario import Acceptance, MarkovAcceptance
+from pipesim.scheduling.commands import FinishReason
 from pipesim.simulation.acceptance import DrawnTruth, RecordedTruth, Truth, make_truth
 from pipesim.simulation.pipeline import simulate
+from pipesim.trace import Trace
 
 MANY = 20_000
 KINDS: list[dict[str, Any]] = [
@@ -303,6 +305,21 @@ def test_the_recorded_prompt_is_as_long_as_a_given_one_for_memory_context_and_dr
 
 def test_a_scenario_may_name_a_trace_that_a_real_run_is_about_to_record() -> None:
     assert build("acceptance={kind: trace, file: nowhere.json}", "workload={max_new_tokens: 4, prompt: some text}")
+
+
+def test_a_text_that_a_stop_string_ended_ends_in_simulation(tmp_path: Path) -> None:
+    def run(policy: str, **changes: Any) -> Trace:
+        path = write_trace(tmp_path / "trace.json", **changes)
+        limit = 90 if changes else 40
+        sets = [f"acceptance={{kind: trace, file: {path}}}", f"workload={{max_new_tokens: {limit}}}"]
+        return simulate(build(*sets, f"policy.name={policy}"))
+
+    plain = run("autoregressive")
+    for name in ("autoregressive", "speculative", "pipeinfer"):
+        trace = run(name, stop_string=True, stop_tokens=[7])
+        assert trace.tokens[:-1] == plain.tokens[:-1], "the last one stands for the string"
+        assert len(trace.tokens) == 40
+        assert trace.finish_reason is FinishReason.STOP
 
 
 def test_recorded_candidates_decide_what_is_accepted(recorded: list[str]) -> None:
