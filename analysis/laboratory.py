@@ -16,9 +16,10 @@ import pandas as pd
 import pipesim
 from pipesim.cli.common import diagnostic
 from pipesim.errors import BadInputError, InvariantError
-from pipesim.metrics import Metrics, compute_metrics
+from pipesim.metrics import Metrics
+from pipesim.recorder import Meter
 from pipesim.scenario import Scenario
-from pipesim.simulation.pipeline import simulate
+from pipesim.simulation.pipeline import Simulation
 from pipesim.sweep.journal import Journal
 
 Settings = Mapping[str, Any]
@@ -95,14 +96,20 @@ def laboratory(memory: Path | None = None) -> Iterator[Laboratory]:
     if memory:
         memory.parent.mkdir(parents=True, exist_ok=True)
     with Journal.opened(memory) as journal, ProcessPoolExecutor() as pool:
-        yield Laboratory(pool, journal)
+        try:
+            yield Laboratory(pool, journal)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # nobody waits for what has not begun
+            raise
 
 
 def figures(scenario: str, seed: int) -> dict[str, Any]:
     """The columns of one generation of a scenario, given as JSON; ``text`` stands for the tokens."""
-    trace = simulate(with_settings(scenario, seed=seed))
-    text = hashlib.blake2b(repr(trace.tokens).encode(), digest_size=8).hexdigest()
-    return {"text": text, **columns(compute_metrics(trace))}
+    resolved = with_settings(scenario, seed=seed)
+    meter = Meter(resolved.scheduler(), seed, len(resolved.stages()))
+    Simulation(resolved, meter).run()
+    text = hashlib.blake2b(repr(meter.scheduler.generation.text).encode(), digest_size=8).hexdigest()
+    return {"text": text, **columns(meter.metrics())}
 
 
 def columns(metrics: Metrics) -> dict[str, float]:

@@ -251,7 +251,13 @@ class Meter(Observer):
         self._tally.end = now
 
     def metrics(self) -> Metrics:
-        """The figures of the generation, as ``compute_metrics`` would derive them from its trace."""
+        """The figures of the generation, as ``compute_metrics`` would derive them from its trace.
+
+        Raises:
+            InvariantError: it is not over, or ended before all its tokens were there.
+        """
+        if self._reason is None or self._reason is FinishReason.ABORTED:
+            raise InvariantError(f"a generation that did not bring all its tokens has no figures ({self._reason})")
         statistics = self.scheduler.statistics
         return self._tally.metrics(
             statistics.drafted_verified, statistics.drafted_accepted, sum(self._link_bytes.values())

@@ -2,7 +2,7 @@ import pytest
 from scenario_builder import build
 
 from pipesim.errors import InvariantError
-from pipesim.recorder import Recorder
+from pipesim.recorder import Meter, Recorder
 from pipesim.scheduling.commands import EndRun, FinishReason, Outcome, ReleaseSession
 from pipesim.scheduling.events import GenerationAborted, GenerationStarted, RunReturned, StopStringMet
 from pipesim.scheduling.policy import make_policy
@@ -43,6 +43,14 @@ def test_an_unfinished_generation_leaves_an_honest_trace() -> None:
     assert (trace.finished_s, trace.drained_s, trace.finish_reason, trace.complete) == (None, None, None, False)
     assert trace.runs[0].outcome is None
     assert trace.runs[0].returned_s is None
+
+
+def test_a_generation_that_did_not_bring_all_its_tokens_has_no_figures() -> None:
+    meter = Meter(Scheduler(make_policy("autoregressive")), 0, 1)
+    for now, event in enumerate((GenerationStarted((1, 2), 3), RunReturned(0, (7,)), GenerationAborted("it is late"))):
+        meter.handle(event, now)
+        with pytest.raises(InvariantError, match="did not bring all its tokens"):
+            meter.metrics()
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3])

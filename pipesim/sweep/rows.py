@@ -23,7 +23,7 @@ Measure = Callable[[Scenario], Mapping[str, Any]]
 
 
 def simulated_metrics(scenario: Scenario) -> dict[str, Any]:
-    """The metrics of one simulated generation. Raises PipesimError if it cannot be carried out to its end."""
+    """The metrics of one simulated generation. Raises PipesimError if it does not bring all its tokens."""
     from pipesim.simulation.pipeline import evaluate
 
     return evaluate(scenario).as_dict()
