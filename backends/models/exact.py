@@ -153,7 +153,7 @@ def cancelling_pair(
 
 def rowwise_functions(config: ModelConfig, generator: torch.Generator) -> list[tuple[RowProduct, torch.Tensor]]:
     """Norms and activation: vectorised kernels may treat the end of a thread's share otherwise than its middle."""
-    heads, width = config.heads + config.kv_heads, config.head_dim
+    heads, width, name = config.heads + config.kv_heads, config.head_dim, config.family.activation
 
     def norm(rows: torch.Tensor) -> torch.Tensor:
         return rms_norm(rows, torch.ones(config.hidden), config.norm_eps)
@@ -163,12 +163,28 @@ def rowwise_functions(config: ModelConfig, generator: torch.Generator) -> list[t
         return rms_norm(queries_and_keys, torch.ones(heads, width), config.norm_eps).flatten(1)
 
     def activation(rows: torch.Tensor) -> torch.Tensor:
-        return gated(rows, config.family.activation)
+        return gated(rows, name)
 
-    functions = [(norm, config.hidden), (activation, 2 * config.intermediate)]
+    gates = telling_values(lambda values: gated(torch.cat((values, torch.ones_like(values))), name), generator)
+    gate = gates.repeat(-(-config.intermediate // len(gates)))[: config.intermediate]
+    functions: list[tuple[RowProduct, torch.Tensor]] = [
+        (norm, torch.randn(config.hidden, generator=generator)),
+        (activation, torch.cat((gate, gate))),
+    ]
     if config.family.qk_norm:
-        functions.append((head_norms, config.qkv_width))
-    return [(function, torch.randn(inputs, generator=generator)) for function, inputs in functions]
+        functions.append((head_norms, torch.randn(config.qkv_width, generator=generator)))
+    return functions
+
+
+def telling_values(function: RowProduct, generator: torch.Generator) -> torch.Tensor:
+    """Values that ``function`` rounds otherwise one at a time than many together, or any values if there are none.
+
+    The last few values of a thread's share of an array are computed one at a time: these show where that is.
+    """
+    values = torch.randn(2048, generator=generator)
+    alone = torch.cat([function(value) for value in values[:, None]])
+    telling = values[function(values) != alone]
+    return telling if len(telling) else values
 
 
 def attention_products(config: ModelConfig, generator: torch.Generator) -> list[tuple[RowProduct, torch.Tensor]]:

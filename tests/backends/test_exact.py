@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from tiny_models import FAMILY_CONFIGS, Chain, prefill_runs, tiny_source
 
 from backends.models.attention import attend, plan_tiles
-from backends.models.exact import Tiling, cancelling_pair, choose_tiling, model_products, probe_result
+from backends.models.exact import Tiling, cancelling_pair, choose_tiling, model_products, probe_result, telling_values
 from backends.models.loading import ModelSource
+from backends.models.rowwise import gated
 from backends.models.stage_model import StageModel
 from pipesim.scheduling.cells import CellTable
 from pipesim.scheduling.runs import END, Run, RunKind, SequenceCopy, SequenceRemove
@@ -269,6 +270,17 @@ def test_the_check_finds_a_product_that_depends_on_row_count_place_or_neighbours
     assert probe_result(by_place, probe, noise, 4) is None
     assert probe_result(by_neighbours, probe, noise, 4) is None
     assert probe_result(by_place, probe, noise, 1) is not None
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_telling_values_show_which_ones_are_computed_alone(activation: str) -> None:
+    def function(values: torch.Tensor) -> torch.Tensor:
+        return gated(torch.cat((values, torch.ones_like(values))), activation)
+
+    telling = telling_values(function, torch.Generator().manual_seed(0))
+    together = function(telling.repeat(64)[:1024])
+    alone = torch.cat([function(value) for value in telling.repeat(64)[:1024].split(1)])
+    assert len(telling) == 2048 or not torch.eq(together, alone).any()
 
 
 def test_a_cancelling_pair_tells_two_orders_of_summation_apart() -> None:
