@@ -17,7 +17,8 @@ time of a one-row run through all links and stages, and ``o`` the head's overhea
 The drafter may begin with the prompt and may tell each level at once; any candidate counts, however wide the tree.
 Where it is right only up to some depth ahead of the committed text, the text must have come so near: ``E(p - depth)``
 and the way to the drafter. Where it misses, the token starts a new root: its run begins with the KV operation that
-clears stale cells, and holds no row before it, so that ``T`` is that of the context at the latest miss.
+clears stale cells, and holds no row before it, so that ``T`` is that of the context at the latest miss. Where a stage
+crashes, the row may also come with all of its chunk, prefilled anew without KV operations: see ``home``.
 
 **Capacity, at every resource** (stage, link, shared device with its cores). Each text row passes each once, so rows
 ``q..p`` leave it no earlier than row ``q`` can come plus the work of all of them, spread over its cores. The work of a
@@ -41,7 +42,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import floor, inf
 
-from pipesim.scenario import Link, Scenario, StagePlan
+from pipesim.scenario import CrashFault, Link, Scenario, StagePlan
 from pipesim.scheduling.runs import RunKind
 from pipesim.simulation.acceptance import Truth, make_truth
 from pipesim.simulation.courses import at_best
@@ -269,6 +270,7 @@ class _Pipeline:
             carried = activations if number else TOKEN_BYTES
             self._way += [_Wire.of(hops[number], ROW_BYTES + carried), stages[sorts.index(same)]]
         self._way.append(_Wire.of(hops[-1], TOKEN_BYTES, outputs_only=True))
+        self._crashes = any(isinstance(fault, CrashFault) for fault in scenario.faults)
         self._constant = all(stage.constant for stage in stages)
         self._elements = Counter(self._way)
         self._latency = sum(element.latency for element in self._way)
@@ -325,7 +327,13 @@ class _Pipeline:
             resource.weigh(position, root)
 
     def home(self, submitted: int, position: int, root: int, missed: bool) -> int:
-        """When the row at ``position`` is home; its run, ``submitted`` then, has no rows before ``root``."""
+        """When the row at ``position`` is home; its run, ``submitted`` then, has no rows before ``root``.
+
+        After a crash it may be the last row of its chunk of the text, whose mean context then counts.
+        """
+        if self._crashes:
+            start = position - (position - self._prompt) % self._chunk
+            root, missed = min(root, (start + position) // 2), False
         if not self._constant:
             self._weigh(position, root)
         home = submitted + self._time

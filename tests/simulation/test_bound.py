@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scenario_builder import PLAIN, build
+from troubles import chance, faults
 
 from pipesim.acceptance_trace import FORMAT, AcceptanceTrace
 from pipesim.metrics import compute_metrics
@@ -105,8 +106,11 @@ def policies(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @st.composite
-def scenarios(draw: st.DrawFn) -> Scenario:
-    """Clusters of all sorts: slow and fast drafters, links and heads, shared devices, falling tables."""
+def scenarios(draw: st.DrawFn, troubled: bool = False) -> Scenario:
+    """Clusters of all sorts: slow and fast drafters, links and heads, shared devices, falling tables.
+
+    ``troubled``: links vary, by chance and over time, devices have network interfaces, and things go wrong.
+    """
     device = st.sampled_from(DEVICES)
     stages = [
         {
@@ -130,12 +134,18 @@ def scenarios(draw: st.DrawFn) -> Scenario:
             "hops": [{"hop": draw(st.integers(0, len(stages))), **draw(own_links)}],
             "draft": draw(own_links),
             "control": draw(own_links),
+            **(draw(chance) if troubled else {}),
         },
         "prefill_chunk": draw(st.integers(1, 16)),
         "prefill_window": draw(st.integers(1, 4)),
     }
     users = {cluster["drafter"]["device"], cluster["head"]["device"], *(stage["device"] for stage in stages)}
-    cluster["devices"] = [{"name": name, "cores": draw(st.integers(1, 3))} for name in sorted(users - {None})]
+    nics = bandwidths if troubled else st.none()
+    cluster["devices"] = [
+        {"name": name, "cores": draw(st.integers(1, 3)), "nic_gbps": draw(nics)} for name in sorted(users - {None})
+    ]
+    pipeline = sum(stage["repeat"] for stage in stages)
+    wrong = draw(st.lists(faults(pipeline, until_ms=1500), max_size=4)) if troubled else []
     return build_scenario(
         {
             **PLAIN,
@@ -144,13 +154,14 @@ def scenarios(draw: st.DrawFn) -> Scenario:
             "workload": {"prompt_tokens": draw(st.integers(1, 40)), "max_new_tokens": draw(st.integers(1, 30))},
             "policy": draw(policies()),
             "acceptance": {**draw(acceptances), "runner_up": draw(st.sampled_from([0, 0.5, 1]))},
+            "faults": wrong,
             "seed": draw(st.integers(0, 99)),
         }
     )
 
 
-@settings(deadline=None, max_examples=150)
-@given(scenarios())
+@settings(deadline=None, max_examples=200)
+@given(scenarios() | scenarios(troubled=True))
 def test_no_policy_shows_any_token_earlier(scenario: Scenario) -> None:
     bound = clairvoyant_bound(scenario)
     trace = simulate(scenario)
@@ -372,6 +383,20 @@ def test_runs_that_are_cheaper_than_a_lone_row_are_not_beaten(cost: str) -> None
     trace = simulate(scenario, truth=truth)
     assert len(trace.emissions) == 2, "the first token, and a run with all others"
     assert_bounded(trace, clairvoyant_bound(scenario, truth).emissions_s)
+
+
+def test_a_crash_may_shorten_the_next_step_and_does_not_beat_the_bound() -> None:
+    """Reading the context costs most: all rows, prefilled anew together, read less of it than the newest alone."""
+    model = json.dumps({**SHAPE, "hidden": 64, "heads": 64, "kv_heads": 64, "intermediate": 1, "kv_bytes": 1000})
+    sets = [f"model={model}", "workload={prompt_tokens: 1, max_new_tokens: 30}", NO_LINKS, "policy.name=autoregressive"]
+    sets += ["cluster.stages.0.cost={kind: roofline, memory_bandwidth_gbytes_s: 0.001, peak_tflops: 1000}"]
+    sets += ["acceptance.rate=0", "acceptance.runner_up=0"]
+    whole = emission_times(simulate(build(*sets)))
+    crash = f"{{kind: crash, stage: 0, start_ms: {whole[20] * 1e3}, detect_ms: 0.001, restart_ms: 0}}"
+    scenario = build(*sets, f"faults=[{crash}]")
+    trace = simulate(scenario)
+    assert emission_times(trace)[21] < whole[21]
+    assert_bounded(trace, clairvoyant_bound(scenario).emissions_s)
 
 
 @given(st.floats(1e-6, 1e5), st.integers(1, 20_000), st.integers(1, 5000))
