@@ -40,10 +40,14 @@ class Interface:
         self._ns_per_byte = 8.0 / gbps
         self._free_at = 0
 
+    def needs(self, size_bytes: int) -> int:
+        """Time that a message keeps it busy."""
+        return round(size_bytes * self._ns_per_byte)
+
     def enter(self, now: int, size_bytes: int) -> tuple[int, int]:
         """A message's first bit comes at ``now``; returns when its first and its last bit can leave."""
         start = max(now, self._free_at)
-        self._free_at = start + round(size_bytes * self._ns_per_byte)
+        self._free_at = start + self.needs(size_bytes)
         return start, self._free_at
 
 
@@ -84,11 +88,10 @@ class VaryingLink(LinkModel):
         """As ``LinkModel.send``. Into a shared interface, messages of all its links go in order of arrival."""
         self.sent_bytes += size_bytes
         start, leaves = self._egress.enter(now, size_bytes) if self._egress else (now, now)
-        start = max(start, self._free_at)
+        start = self._restored(max(start, self._free_at))
         end = max(leaves, transfer_end(start, size_bytes, self._rate))
         arrival = max(self._last_arrival, end + self._latency_at(end) + self._delay(end, size_bytes))
-        while not self._cap.at(arrival):  # lost in a partition: sent again at its end
-            restored = int(self._cap.piece(arrival).end)
+        while (restored := self._restored(arrival)) > arrival:  # lost in a partition: sent again at its end
             arrival = max(self._last_arrival, restored + self._latency_at(restored))
         self._free_at, self._last_arrival = end, arrival
         ingress, clock = self._ingress, self._clock
@@ -99,8 +102,15 @@ class VaryingLink(LinkModel):
         def enter(_: object) -> None:
             then((start, end, max(arrival, ingress.enter(clock.now, size_bytes)[1])), value)
 
-        self._first_arrival = max(self._first_arrival, arrival - (end - start))
+        busy = min(end - start, ingress.needs(size_bytes))  # a slow or interrupted link fills it with gaps for others
+        self._first_arrival = max(self._first_arrival, arrival - busy)
         clock.at(self._first_arrival, enter)
+
+    def _restored(self, time: int) -> int:
+        """``time``, or the end of the partition that it falls into."""
+        while not self._cap.at(time):
+            time = int(self._cap.piece(time).end)
+        return time
 
     def _rate(self, time: int) -> Piece:
         """The effective bandwidth: the lower one of the link's own and the cap."""
@@ -120,23 +130,34 @@ class VaryingLink(LinkModel):
         chance = self._chance + 2 * self._messages
         self._messages += 1
         link = self._link
-        delay = 0.0
+        delay = 0
         if mean := link.jitter_ms + self._extra_jitter.at(time):
-            delay += mean * min(_JITTER_CUT, -math.log(1.0 - unit(mix(chance))))
-        if loss := self._loss.at(time):
+            delay += round(mean * min(_JITTER_CUT, -math.log(1.0 - unit(mix(chance)))) * NS_PER_MS)
+        if (pause := round(link.retransmit_ms * NS_PER_MS)) and self._loss.at(time):
             packets = max(1, -(-size_bytes // link.mtu_bytes))
-            delay += link.retransmit_ms * losses(1.0 - unit(mix(chance + 1)), loss, packets)
-        return round(delay * NS_PER_MS)
+            delay += pause * losses(1.0 - unit(mix(chance + 1)), packets, self._loss, time, pause)
+        return delay
 
 
-def losses(chance: float, loss: float, packets: int) -> int:
+def losses(chance: float, packets: int, loss: Course, time: int, pause: int) -> int:
     """How often the unluckiest of a message's packets is lost, all others being sent again meanwhile.
 
-    Each of ``packets`` is lost k times or fewer with probability 1 - loss^(k+1); all of them with that to the power of
-    ``packets``. ``chance``, uniform in (0, 1], is taken for that probability, and k solved for.
+    Each of ``packets`` is sent at ``time``, and ``pause`` later again where it was lost. It is lost k times or fewer
+    with probability 1 - product of ``loss`` at the first k + 1 of these moments; all of them with that to the power
+    of ``packets``. ``chance``, uniform in (0, 1], is taken for that probability, and k solved for.
     """
     exceeded = -math.expm1(math.log(chance) / packets)  # of a single packet, to be lost more than k times
-    return max(0, math.ceil(math.log(exceeded) / math.log(loss)) - 1) if exceeded else 0
+    left, sent = math.log(exceeded) if exceeded else 0.0, 0
+    while True:
+        now = time + sent * pause
+        probability, _, end = loss.piece(now)
+        each = math.log(probability) if probability else -math.inf
+        needed = max(1, math.ceil(left / each)) if each else math.inf  # faults together may round to certain loss
+        before_end = math.inf if end == math.inf else -(-(int(end) - now) // pause)
+        if needed <= before_end:
+            return sent + int(needed) - 1
+        left -= before_end * each
+        sent += int(before_end)
 
 
 class Network:

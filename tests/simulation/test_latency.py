@@ -139,3 +139,22 @@ def test_a_trace_without_latencies_has_no_breakdown() -> None:
         trace, emissions=tuple(dataclasses.replace(one, latency=None) for one in trace.emissions)
     )
     assert compute_metrics(bare).latency_breakdown_s is None
+
+
+@pytest.mark.parametrize(
+    ("fault", "share", "at_least"),
+    [
+        ("{kind: crash, stage: 1, start_ms: 300, detect_ms: 100, restart_ms: 1500}", "queueing", 1.6),
+        ("{kind: partition, link: 1, start_ms: 309, duration_ms: 1600}", "queueing", 1.58),
+        ("{kind: latency, link: 1, start_ms: 300, duration_ms: 50, extra_ms: 1600}", "propagation", 1.6),
+        ("{kind: bandwidth, link: 1, start_ms: 300, duration_ms: 1700, cap_gbps: 1.0e-9}", "serialisation", 1.6),
+        ("{kind: slow-stage, stage: 1, start_ms: 300, duration_ms: 1700, factor: 1000}", "compute", 1.6),
+    ],
+)
+def test_the_time_that_a_fault_costs_stands_where_it_was_spent(fault: str, share: str, at_least: float) -> None:
+    """Of the one gap that it made longer; 8 plain ones take 0.28 s, prefill about 60 ms."""
+    trace = simulate(build("policy.name=autoregressive", f"faults=[{fault}]"))
+    latencies = [parts(one.latency) for one in trace.emissions[1:] if one.latency]
+    longest = max(latencies, key=lambda one: sum(one.values()))
+    assert longest[share] >= at_least * 1e9
+    assert sum(longest.values()) - longest[share] < 0.2e9

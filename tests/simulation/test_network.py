@@ -19,6 +19,7 @@ from pipesim.scenario import Fault, Link, LinkFault, LinkPlan, OwnLink, Profile
 from pipesim.scenario.faults import BandwidthFault, JitterFault, LatencyFault, LossFault, PartitionFault
 from pipesim.scenario.network import PRESETS
 from pipesim.scenario_file import load_scenario
+from pipesim.simulation.courses import Course
 from pipesim.simulation.devices import Clock
 from pipesim.simulation.links import LinkModel
 from pipesim.simulation.network import Network, VaryingLink, losses
@@ -81,8 +82,26 @@ def test_the_number_of_losses_follows_its_distribution_exactly() -> None:
     for packets in (1, 7):
         for k in range(6):
             bound = (1 - 0.3 ** (k + 1)) ** packets
-            assert losses(bound * (1 - 1e-12), 0.3, packets) == k
-            assert losses(bound * (1 + 1e-12), 0.3, packets) == k + 1
+            assert losses(bound * (1 - 1e-12), packets, Course(0.3), 0, 1) == k
+            assert losses(bound * (1 + 1e-12), packets, Course(0.3), 0, 1) == k + 1
+
+
+def test_each_repetition_is_lost_with_the_probability_of_its_moment() -> None:
+    """Sent at 2 and every 4 later: at 2, 6 and 10 half are lost, then a tenth, from 20 on none."""
+    course, product = Course(0.5, [11, 20], [0.1, 0.0]), 1.0
+    for k, loss in enumerate([0.5, 0.5, 0.5, 0.1, 0.1]):
+        product *= loss
+        bound = (1 - product) ** 7
+        assert losses(bound * (1 - 1e-12), 7, course, 2, 4) == k
+        assert losses(bound * (1 + 1e-12), 7, course, 2, 4) == k + 1
+    assert losses(1 - 1e-15, 7, course, 2, 4) == 5
+
+
+def test_what_is_lost_in_a_fault_gets_through_when_it_is_over() -> None:
+    """However certain the loss is: together these faults lose all but 10^-24 of the packets."""
+    wrong = [LossFault(kind="loss", start_ms=0, duration_ms=10, probability=1 - 1e-12)] * 2
+    assert delays_ms(link(*wrong, retransmit_ms=4), 1) == [12]
+    assert delays_ms(link(*wrong, retransmit_ms=0), 1) == [0]
 
 
 def test_chance_depends_on_seed_link_and_message_number_alone() -> None:
@@ -115,11 +134,16 @@ def test_messages_stay_in_order_whatever_goes_wrong_and_the_order_of_faults_is_i
         now += gap
         start, end, arrival = pass_over(one, now, size)
         assert (start, end, arrival) == pass_over(other, now, size)
-        assert max(now, free_at) == start <= end <= arrival
+        assert max(now, free_at) <= start <= end <= arrival
+        assert start == max(now, free_at) or any(start == ends_ns(fault) for fault in partitions)
         assert arrival >= last
         for fault in partitions:
             assert not fault.start_ms * MS + 1 <= arrival < (fault.start_ms + fault.duration_ms) * MS - 1
         free_at, last = end, arrival
+
+
+def ends_ns(fault: LinkFault) -> int:
+    return round((fault.start_ms + fault.duration_ms) * MS)
 
 
 def test_a_fault_that_ends_leaves_exactly_the_base() -> None:
@@ -182,7 +206,7 @@ def test_what_a_partition_cuts_off_arrives_after_it_in_order() -> None:
     cut = PartitionFault(kind="partition", start_ms=10, duration_ms=20)
     one = link(cut, latency_ms=2, bandwidth_gbps=1)
     assert pass_over(one, round(8.9 * MS), 12_500)[2] == 32 * MS, "on its way when the link broke: sent again"
-    assert pass_over(one, 15 * MS, 12_500)[1:] == (round(30.1 * MS), round(32.1 * MS))
+    assert pass_over(one, 15 * MS, 12_500) == (30 * MS, round(30.1 * MS), round(32.1 * MS)), "waits, is not sent"
     assert pass_over(one, 16 * MS, 12_500)[1:] == (round(30.2 * MS), round(32.2 * MS))
     assert pass_over(link(cut, latency_ms=2), round(7.9 * MS), 1)[2] == round(9.9 * MS)
 
@@ -261,6 +285,18 @@ def test_what_enters_a_device_queues_in_order_of_arrival_not_of_sending() -> Non
     home, draft = network.data[3], network.from_drafter
     sends = [(home, 0, GIGABIT), (draft, 3.5, GIGABIT), (home, 1, GIGABIT)]
     assert arrivals_ms(network, clock, *sends) == [6.5, 5.5, 7.5]
+
+
+@pytest.mark.parametrize("gbps", ["null", "1", "0.5"])
+def test_what_several_links_held_back_enters_a_device_one_by_one(gbps: str) -> None:
+    """Three messages are sent into a partition, or met by it half-way, and leave the links at the same time."""
+    cut = "faults=[{kind: partition, start_ms: 1.5, duration_ms: 98.5}]"
+    network, clock = shared(cut, "cluster.devices.0.nic_gbps=null", f"cluster.links.bandwidth_gbps={gbps}")
+    sends = [(one, at_ms, GIGABIT) for one, at_ms in zip((network.data[0], *network.control), (1, 2, 3), strict=False)]
+    found = arrivals_ms(network, clock, *sends)
+    assert found == sorted(found)
+    assert all(after - before >= 1 for before, after in itertools.pairwise(found))
+    assert found[-1] - found[0] <= 3
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 5 * MS), st.integers(0, 10**6)), max_size=25))
