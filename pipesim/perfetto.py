@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
 from typing import Any, TextIO
 
-from pipesim.trace import Fate, StageSpan, Trace
+from pipesim.trace import Fate, RunRecord, StageSpan, Trace
 
 _PROCESS = 1
 _HEAD = 0
@@ -67,7 +67,7 @@ def _flights(trace: Trace) -> Iterator[dict[str, Any]]:
     for run in trace.runs:
         name, facts = f"{run.kind} {run.run_id}", {"rows": run.rows, "useful_rows": run.useful_rows}
         yield _event("b", name, run.submitted_s, _HEAD, cat="run", id=run.run_id, args=facts)
-        yield _event("e", name, end if run.returned_s is None else run.returned_s, _HEAD, cat="run", id=run.run_id)
+        yield _event("e", name, _landed(run, end), _HEAD, cat="run", id=run.run_id)
     for run_id, spans in _by_run(trace).items():
         for index, span in enumerate(spans if len(spans) > 1 else ()):
             phase = "s" if index == 0 else "f" if index == len(spans) - 1 else "t"
@@ -82,7 +82,7 @@ def _counters(trace: Trace) -> Iterator[dict[str, Any]]:
     behind that would tell when: it is not counted.
     """
     end = _end(trace)
-    flights = ((run.submitted_s, end if run.returned_s is None else run.returned_s) for run in trace.runs)
+    flights = ((run.submitted_s, _landed(run, end)) for run in trace.runs)
     yield from _counter("runs in flight", flights)
     waits: list[list[tuple[float, float]]] = [[] for _ in trace.stages]
     submitted = {run.run_id: run.submitted_s for run in trace.runs}
@@ -116,9 +116,14 @@ def _by_run(trace: Trace) -> dict[int, list[StageSpan]]:
     return found
 
 
+def _landed(run: RunRecord, end: float) -> float:
+    """When a run's flight was over: it returned, or was given up, or neither until the ``end``."""
+    return next((time for time in (run.returned_s, run.lost_s) if time is not None), end)
+
+
 def _end(trace: Trace) -> float:
     """The last moment that the trace knows of."""
-    times = [span.end_s for span in trace.spans] + [run.returned_s or run.submitted_s for run in trace.runs]
+    times = [span.end_s for span in trace.spans] + [_landed(run, run.submitted_s) for run in trace.runs]
     return max(times, default=0.0)
 
 

@@ -64,7 +64,7 @@ class Observer(ABC):
                 self._open.add(run.run_id)
                 self._submitted(run, now)
             elif kind is EndRun:
-                self._end(command)  # type: ignore[arg-type]
+                self._end(command, now)  # type: ignore[arg-type]
             elif kind is EmitTokens:
                 self._emitted(command, now)  # type: ignore[arg-type]
             elif kind is FinishGeneration:
@@ -76,11 +76,11 @@ class Observer(ABC):
                 self._drained = now
         return commands
 
-    def _end(self, end: EndRun) -> None:
+    def _end(self, end: EndRun, now: float) -> None:
         if end.run_id not in self._open:
             raise InvariantError(f"run {end.run_id} ended twice or was never submitted (I1)")
         self._open.remove(end.run_id)
-        self._ended(end)
+        self._ended(end, now)
 
     def link_sent(self, link: str, size_bytes: int) -> None:
         """Adds to the bytes that were sent over a link."""
@@ -105,7 +105,7 @@ class Observer(ABC):
     def _returned(self, run_id: int, now: float) -> None: ...
 
     @abstractmethod
-    def _ended(self, end: EndRun) -> None: ...
+    def _ended(self, end: EndRun, now: float) -> None: ...
 
     @abstractmethod
     def _emitted(self, emitted: EmitTokens, now: float) -> None: ...
@@ -134,7 +134,7 @@ class Recorder(Observer):
         self._stages = tuple(stages)
         self._runs: dict[int, tuple[Run, float]] = {}
         self._returns: dict[int, float] = {}
-        self._ends: dict[int, tuple[Outcome, int]] = {}
+        self._ends: dict[int, tuple[Outcome, int, float | None]] = {}  # with the time of a run that never returned
         self._emissions: list[tuple[float, EmitTokens]] = []
         self._latencies: list[Latency] = []
         self._spans: list[tuple[int, int, float, float, bool]] = []
@@ -158,8 +158,8 @@ class Recorder(Observer):
     def _returned(self, run_id: int, now: float) -> None:
         self._returns[run_id] = now
 
-    def _ended(self, end: EndRun) -> None:
-        self._ends[end.run_id] = (end.outcome, end.useful_rows)
+    def _ended(self, end: EndRun, now: float) -> None:
+        self._ends[end.run_id] = (end.outcome, end.useful_rows, None if end.run_id in self._returns else now)
 
     def _emitted(self, emitted: EmitTokens, now: float) -> None:
         self._emissions.append((now, emitted))
@@ -184,6 +184,11 @@ class Recorder(Observer):
         def since(time: float | None) -> float | None:
             return None if time is None else at(time)
 
+        def record(run: Run, submitted: float) -> RunRecord:
+            outcome, useful_rows, lost = self._ends.get(run.run_id, (None, 0, None))
+            returned = since(self._returns.get(run.run_id))
+            return RunRecord(run.run_id, run.kind, run.rows, at(submitted), returned, outcome, useful_rows, since(lost))
+
         latencies: Sequence[Latency | None] = self._latencies or [None] * len(self._emissions)
         return Trace(
             policy=self.scheduler.policy.name,
@@ -198,17 +203,7 @@ class Recorder(Observer):
             drafted_accepted=self.scheduler.statistics.drafted_accepted,
             spans=tuple(StageSpan(s, run, at(start), at(end), void) for s, run, start, end, void in self._spans),
             drafts=tuple(DraftSpan(request, at(start), at(end), n) for request, start, end, n in self._drafts),
-            runs=tuple(
-                RunRecord(
-                    run_id,
-                    run.kind,
-                    run.rows,
-                    at(submitted),
-                    since(self._returns.get(run_id)),
-                    *self._ends.get(run_id, (None, 0)),
-                )
-                for run_id, (run, submitted) in self._runs.items()
-            ),
+            runs=tuple(record(run, submitted) for run, submitted in self._runs.values()),
             emissions=tuple(
                 Emission(at(time), emitted.position, emitted.tokens, latency)
                 for (time, emitted), latency in zip(self._emissions, latencies, strict=True)
@@ -241,7 +236,7 @@ class Meter(Observer):
     def _returned(self, run_id: int, now: float) -> None:
         pass
 
-    def _ended(self, end: EndRun) -> None:
+    def _ended(self, end: EndRun, now: float) -> None:
         self._tally.ended(end.run_id, end.outcome, end.useful_rows)
 
     def _emitted(self, emitted: EmitTokens, now: float) -> None:

@@ -50,8 +50,9 @@ class Fate(StrEnum):
 class RunRecord:
     """The life of one run as the head saw it.
 
-    ``returned_s`` and ``outcome`` are ``None`` if it never came home. ``useful_rows`` of its rows are committed
-    text that no other run had computed.
+    ``returned_s`` is ``None`` if it never came home; ``lost_s`` is then when the head gave it up, because a stage was
+    lost, and ``outcome`` is ``None`` if it did not even come to that. ``useful_rows`` of its rows are committed text
+    that no other run had computed.
     """
 
     run_id: int
@@ -61,6 +62,7 @@ class RunRecord:
     returned_s: float | None
     outcome: Outcome | None
     useful_rows: int
+    lost_s: float | None = None
 
     @property
     def redundant(self) -> bool:
@@ -84,9 +86,11 @@ class RunRecord:
 class Latency:
     """How the time until a token was there was spent, in whole nanoseconds: since the token before, or the prompt.
 
-    ``queueing``: waiting for a link, a stage, a core or the head. ``compute``: in stages. ``serialisation``: a link was
-    busy with the message itself. ``propagation``: the message was on its way. ``head``: the head handled events.
-    ``drafter``: the head had nothing to submit before a draft came, its way there and back included.
+    ``queueing``: waiting for a link, a stage, a core, the head, or the end of a partition or of a crash, the work that
+    this destroyed included. ``compute``: in stages. ``serialisation``: a link was busy with the message itself.
+    ``propagation``: the message was on its way, jitter, repetitions after losses, waiting for late messages before it
+    and for the interface at the other end included. ``head``: the head handled events. ``drafter``: the head had
+    nothing to submit before a draft came, its way there and back included.
     """
 
     queueing: int

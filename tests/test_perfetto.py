@@ -12,7 +12,7 @@ from scenario_builder import build
 
 from pipesim.perfetto import write_perfetto
 from pipesim.simulation.pipeline import simulate
-from pipesim.trace import Trace
+from pipesim.trace import RunRecord, Trace
 
 Event = dict[str, Any]
 
@@ -34,6 +34,10 @@ TRACES = {
     "pipeinfer, redundant runs": ["policy={name: pipeinfer, always_canonical: true, cancellation: false}"],
     "speculative": ["policy={name: speculative, max_nodes: 4}"],
     "autoregressive": ["policy.name=autoregressive"],
+    "crashes and a partition": [
+        "faults=[{kind: crash, stage: 1, start_ms: 200, detect_ms: 50, restart_ms: 90}, {kind: partition, link: 2, "
+        "start_ms: 100, duration_ms: 50}, {kind: crash, stage: 0, start_ms: 210, detect_ms: 9, restart_ms: 9}]"
+    ],
     "one shared core": ["cluster.devices=[{name: box}]", "cluster.stages.0.device=box", "cluster.drafter.device=box"],
 }
 
@@ -53,6 +57,13 @@ def exported(trace: Trace) -> list[Event]:
 
 def of(events: list[Event], phases: str, cat: str | None = None) -> list[Event]:
     return [event for event in events if event["ph"] in phases and cat in (None, event.get("cat"))]
+
+
+def landed_s(run: RunRecord) -> float:
+    """When it came home, or was given up: never both."""
+    (time,) = {run.returned_s, run.lost_s} - {None}
+    assert time is not None
+    return time
 
 
 def ends(event: Event) -> tuple[int, int]:
@@ -134,8 +145,8 @@ def test_counters_are_never_negative_and_end_at_zero(trace: Trace) -> None:
         assert all(before[0] < after[0] for before, after in pairwise(values))
     most = max(value for _, value in counters["runs in flight"])
     times = sorted(run.submitted_s for run in trace.runs)
-    home = [run.returned_s for run in trace.runs if run.returned_s is not None]
-    assert most == max(sum(at <= now for at in times) - sum(at <= now for at in home) for now in times)
+    landed = [landed_s(run) for run in trace.runs]
+    assert most == max(sum(at <= now for at in times) - sum(at <= now for at in landed) for now in times)
 
 
 def test_a_run_waits_for_a_stage_on_the_link_and_in_its_queue() -> None:
@@ -153,7 +164,7 @@ def test_flights_and_emissions_are_the_traces(trace: Trace) -> None:
     begun = {event["id"]: event["ts"] for event in of(events, "b", "run")}
     ended = {event["id"]: event["ts"] for event in of(events, "e", "run")}
     assert begun == {run.run_id: pytest.approx(run.submitted_s * 1e6, abs=1e-3) for run in trace.runs}
-    assert ended == {run.run_id: pytest.approx((run.returned_s or 0) * 1e6, abs=1e-3) for run in trace.runs}
+    assert ended == {run.run_id: pytest.approx(landed_s(run) * 1e6, abs=1e-3) for run in trace.runs}
     shown = [event["args"]["tokens"] for event in of(events, "i", "emit")]
     assert tuple(token for tokens in shown for token in tokens) == trace.tokens
 

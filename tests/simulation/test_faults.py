@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scenario_builder import build
+from troubles import faults
 
 from pipesim.event_log import replay_log
 from pipesim.metrics import compute_metrics
@@ -30,24 +31,6 @@ POLICIES = [
 PARTITION = "faults=[{kind: partition, start_ms: 300, duration_ms: 2000, link: 2}]"
 CRASH = "faults=[{kind: crash, stage: 1, start_ms: 300, detect_ms: 100, restart_ms: 1500}]"
 
-start_ms = st.integers(0, 1200)
-duration_ms = st.integers(1, 800)
-links = st.sampled_from(["all", "data", "control", "draft", 0, 1, 3, "stage 1 to stage 2", "head to stage 1 (control)"])
-
-
-def some(kind: str, **fields: Any) -> st.SearchStrategy[dict[str, Any]]:
-    return st.fixed_dictionaries({"kind": st.just(kind), "start_ms": start_ms, **fields})
-
-
-faults = st.one_of(
-    some("latency", duration_ms=duration_ms, link=links, extra_ms=st.integers(1, 200)),
-    some("bandwidth", duration_ms=duration_ms, link=links, cap_gbps=st.sampled_from([0.00005, 0.001])),
-    some("jitter", duration_ms=duration_ms, link=links, extra_ms=st.integers(1, 50)),
-    some("loss", duration_ms=duration_ms, link=links, probability=st.sampled_from([0.01, 0.5])),
-    some("partition", duration_ms=duration_ms, link=links),
-    some("slow-stage", duration_ms=duration_ms, stage=st.integers(0, 2), factor=st.sampled_from([1.5, 20])),
-    some("crash", stage=st.integers(0, 2), detect_ms=st.integers(0, 300), restart_ms=st.integers(0, 300)),
-)
 NETWORKS = [
     "cluster.links.jitter_ms=0",
     "cluster.links={preset: wifi}",
@@ -68,7 +51,7 @@ DEVICES = [
     policy=st.sampled_from(POLICIES),
     network=st.sampled_from(NETWORKS),
     devices=st.sampled_from(DEVICES),
-    wrong=st.lists(faults, max_size=5),
+    wrong=st.lists(faults(stages=3, until_ms=1200), max_size=5),
     seed=st.integers(0, 99),
     rate=st.sampled_from([0, 0.5, 0.9]),
 )
@@ -127,7 +110,9 @@ def test_a_crash_with_restart_delays_the_text_by_both_and_never_changes_it(polic
     assert crashed.tokens == plain.tokens
     assert gap_over(crashed, 1.0) > 1.5
     assert 1.4 < (crashed.finished_s or 0) - (plain.finished_s or 0) < 2.2
-    assert any(run.returned_s is None and run.outcome is Outcome.DRAINED for run in crashed.runs)
+    lost = [run for run in crashed.runs if run.returned_s is None]
+    assert {(run.outcome, run.lost_s) for run in lost} == {(Outcome.DRAINED, 0.4)}, "300 + 100 ms"
+    assert all(run.lost_s is None for run in crashed.runs if run not in lost)
 
 
 def test_after_a_crash_the_whole_text_is_prefilled_again_the_generated_part_as_decode_rows() -> None:
