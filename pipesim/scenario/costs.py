@@ -1,9 +1,9 @@
 """What a run costs at a stage: the schema of cost models."""
 
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 
 from pipesim.hardware.costs import CostModel, FittedCost, Machine, linear, table
 from pipesim.hardware.devices import DEVICES, INTERCONNECTS, NumberFormat
@@ -48,11 +48,16 @@ class LinearCost(_Fitted):
         return self.fitted(linear(self.constant_ms * unit, self.per_token_ms * unit), unit, last)
 
 
+def _json_key(key: Any, info: ValidationInfo) -> Any:
+    """JSON has no keys but text."""
+    return int(key) if info.mode == "json" and isinstance(key, str) and key.isdecimal() else key
+
+
 class TableCost(_Fitted):
     """Time of a run at a stage, measured at some numbers of rows; linear between and beyond them."""
 
     kind: Literal["table"]
-    rows_ms: dict[Annotated[int, Field(ge=1)], Annotated[float, Field(gt=0)]] = Field(min_length=1)
+    rows_ms: dict[Annotated[int, BeforeValidator(_json_key), Field(ge=1)], Annotated[float, Field(gt=0)]] = Field(min_length=1)
     """Rows of a run -> its time. Constant under the smallest number given; never falling beyond the largest."""
 
     def model(self, layers: int, last: bool) -> CostModel:

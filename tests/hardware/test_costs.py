@@ -58,3 +58,8 @@ def test_prompt_rows_attend_to_half_the_prompt_on_average() -> None:
     """A row at position p attends to p + 1 cells: rows 4 .. 7 to 6.5 on average."""
     frame = Frame(Run(0, 0, PREFILL, (1,) * 4, (4, 5, 6, 7), (1,) * 4), row_bytes=4)
     assert frame.context == 6.5
+
+
+def test_a_table_survives_the_way_through_json() -> None:
+    cost = TableCost(kind="table", rows_ms={1: 10, 4: 16})
+    assert TableCost.model_validate_json(cost.model_dump_json()) == cost
