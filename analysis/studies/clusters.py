@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from analysis.laboratory import with_settings
+from analysis.laboratory import Settings, with_settings
 from analysis.pages import between, markdown_table
 from analysis.studies.bench import PIPELINED, PLAIN, SYNCHRONOUS, Bench, Key, Table
 from pipesim.scenario import Scenario
@@ -16,18 +16,27 @@ MEASURED_SLOPE = 0.1
 """About what public measurements of real kernels say where the roofline says 0 (docs/hardware.md: 0.11 to 0.12)."""
 SLOPE_METHOD = (
     "The roofline lets further rows of a run cost nothing while reading the weights takes longer than computing. Real "
-    f"kernels pay earlier (docs/hardware.md: c = 0.11 and 0.12 on an RTX 3090). Where c = {MEASURED_SLOPE:g} or another "
-    "number is given, a run of r rows takes the roofline's time, but at least 1 + c (r - 1) times its time for one row."
+    "kernels pay earlier (docs/hardware.md: c = 0.11 and 0.12 on an RTX 3090). Where a c other than 0 is given, a run "
+    "of r rows takes the roofline's time, but at least 1 + c (r - 1) times its time for one row."
 )
 
 _ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024)
 
 
-def compared(bench: Bench, cases: Mapping[Key, Scenario]) -> dict[Key, Table]:
-    """Each case pipelined and synchronous, both at their best for it, and under plain decoding (``plain``)."""
-    tuned = bench.tuned(cases, POLICIES)
-    plain = {key: with_settings(one.model_dump_json(), policy=PLAIN) for key, one in cases.items()}
-    return bench.measure_all({key: {**tuned[key], "plain": plain[key]} for key in cases})
+def compared(
+    bench: Bench,
+    cases: Mapping[Key, Scenario],
+    fixed: Mapping[str, Settings] | None = None,
+    policies: Mapping[str, Settings] = POLICIES,
+) -> dict[Key, Table]:
+    """Each case under ``policies`` at their best for it, under ``fixed`` ones as they are, and ``plain`` decoding."""
+    tuned = bench.tuned(cases, policies)
+    also = {**(fixed or {}), "plain": PLAIN}
+    as_they_are = {
+        key: {name: with_settings(one.model_dump_json(), policy=policy) for name, policy in also.items()}
+        for key, one in cases.items()
+    }
+    return bench.measure_all({key: {**tuned[key], **as_they_are[key]} for key in cases})
 
 
 def gain(table: Table) -> Interval:
@@ -90,9 +99,7 @@ def gain_rows(tables: Mapping[tuple[Any, ...], Table], lines: Mapping[Any, str],
 
     Keys of ``tables`` are ``(*line, column)``, or ``(line, column)`` if lines are no tuples.
     """
-    rows = [
-        [label, *(between(gain(tables[(*_tuple(held), one)])) for one in columns)] for held, label in lines.items()
-    ]
+    rows = [[label, *(between(gain(tables[(*_tuple(held), one)])) for one in columns)] for held, label in lines.items()]
     return markdown_table(["", *map(str, columns)], rows)
 
 

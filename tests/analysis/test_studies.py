@@ -25,7 +25,7 @@ def test_every_study_has_a_scenario_and_every_page_is_of_a_study() -> None:
         assert path.stem == "README" or path.stem.startswith(scenarios), f"{path} answers no scenario's question"
 
 
-SHARED = {"limit"}
+SHARED = {"clusters", "limit"}
 """Modules of the package that several studies use."""
 
 
