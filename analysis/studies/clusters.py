@@ -1,9 +1,11 @@
 """What studies of real machines share: both kinds of speculation at their best, and costs that rise with every row."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
-from analysis.laboratory import Settings, with_settings
+from analysis import tuning
+from analysis.laboratory import Settings, figures, with_settings
 from analysis.pages import between, markdown_table
 from analysis.studies.bench import PIPELINED, PLAIN, SYNCHRONOUS, Bench, Key, Table
 from pipesim.scenario import Scenario
@@ -28,15 +30,46 @@ def compared(
     cases: Mapping[Key, Scenario],
     fixed: Mapping[str, Settings] | None = None,
     policies: Mapping[str, Settings] = POLICIES,
+    kin: Callable[[Key], Sequence[Key]] | None = None,
 ) -> dict[Key, Table]:
-    """Each case under ``policies`` at their best for it, under ``fixed`` ones as they are, and ``plain`` decoding."""
+    """Each case under ``policies`` at their best for it, under ``fixed`` ones as they are, and ``plain`` decoding.
+
+    ``kin``: cases so alike that the settings found for them are tried, too, lest a search that got stuck decides.
+    """
     tuned = bench.tuned(cases, policies)
+    if kin:
+        tuned = _exchanged(bench, cases, tuned, kin)
     also = {**(fixed or {}), "plain": PLAIN}
     as_they_are = {
         key: {name: with_settings(one.model_dump_json(), policy=policy) for name, policy in also.items()}
         for key, one in cases.items()
     }
     return bench.measure_all({key: {**tuned[key], **as_they_are[key]} for key in cases})
+
+
+def _exchanged(
+    bench: Bench,
+    cases: Mapping[Key, Scenario],
+    tuned: Mapping[Key, Mapping[str, Scenario]],
+    kin: Callable[[Key], Sequence[Key]],
+) -> dict[Key, dict[str, Scenario]]:
+    """Each case with its own settings, or with those of its kin that are faster for it on the seeds of the climb."""
+    _, seeds = tuning.SEEDS
+    tries = {
+        (key, name): [
+            with_settings(one.model_dump_json(), policy=tuned[near][name].policy.model_dump())
+            for near in (key, *kin(key))
+        ]
+        for key, one in cases.items()
+        for name in tuned[key]
+    }
+    jobs = [(one.model_dump_json(), seed) for some in tries.values() for one in some for seed in seeds]
+    speeds = (float(one["tokens/s"]) for one in bench.map(figures, jobs))
+    found: dict[Key, dict[str, Scenario]] = {key: {} for key in cases}
+    for (key, name), some in tries.items():
+        means = [fmean(next(speeds) for _ in seeds) for _ in some]
+        found[key][name] = some[means.index(max(means))]
+    return found
 
 
 def gain(table: Table) -> Interval:
@@ -48,7 +81,7 @@ def with_slope(scenario: Scenario, slope: float) -> Scenario:
     """The scenario with stages on which every row of a run costs at least the share ``slope`` of a one-row run."""
     if slope == 0:
         return scenario
-    context = scenario.workload.prompt_length + scenario.workload.max_new_tokens / 2
+    context = scenario.prompt_length() + scenario.workload.max_new_tokens / 2
     chunk = scenario.cluster.prefill_chunk
     stages = [
         {"device": plan.device, "layers": plan.layers, "cost": _at_least(plan, slope, context, chunk)}
@@ -94,14 +127,15 @@ def _span(values: Sequence[float], digits: str) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def gain_rows(tables: Mapping[tuple[Any, ...], Table], lines: Mapping[Any, str], columns: Sequence[Any]) -> str:
-    """Gains, one line per entry of ``lines`` (key: label), one column per entry of ``columns``.
-
-    Keys of ``tables`` are ``(*line, column)``, or ``(line, column)`` if lines are no tuples.
-    """
-    rows = [[label, *(between(gain(tables[(*_tuple(held), one)])) for one in columns)] for held, label in lines.items()]
+def gain_rows(
+    tables: Mapping[tuple[Any, ...], Table],
+    lines: Mapping[tuple[Any, ...], str],
+    columns: Sequence[Any],
+    baseline: str = "synchronous",
+) -> str:
+    """Gains over a baseline with intervals: one line per entry of ``lines``; tables' keys are ``(*line, column)``."""
+    rows = [
+        [label, *(between(tables[(*held, one)].ratio("pipelined", baseline)) for one in columns)]
+        for held, label in lines.items()
+    ]
     return markdown_table(["", *map(str, columns)], rows)
-
-
-def _tuple(key: Any) -> tuple[Any, ...]:
-    return key if isinstance(key, tuple) else (key,)

@@ -1,15 +1,17 @@
 """The paper's eight-node clusters with each model pair."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from analysis.pages import between, markdown_table
+from analysis.pages import between, fill, markdown_table
 from analysis.studies.bench import Bench, Finding, Table
-from analysis.studies.clusters import MEASURED_SLOPE, SLOPE_METHOD, compared, stage_table, with_slope
+from analysis.studies.clusters import MEASURED_SLOPE, SLOPE_METHOD, compared, gain, stage_table, with_slope
 from analysis.studies.limit import HEADLINE, UNTUNED
 from analysis.style import CYCLE, line, panels
 from analysis.tuning import METHOD
 from pipesim.scenario import Scenario
+from pipesim.statistics import paired_ratio
 
 PAIRS = (
     ("dolphin-70b", "tinyllama-1.1b"),
@@ -70,13 +72,19 @@ def study(bench: Bench) -> Finding:
             f"{between(gains[case])} ({' + '.join(case[0])}, acceptance {case[1]:g})" for case in (low, high)
         )
 
-    reached = sorted({(at[1], at[2]) for pair, *at in tables if _gain(tables[pair, *at]).low >= HEADLINE})
-    headline = [tables[case].ratio("scripts", "untuned").low >= HEADLINE for case in tables]
+    best = max(gain(tables[pair, *at]).estimate for pair in pairs for at in grid)
+    ethernet = [
+        paired_ratio(
+            *(tables[pair, *by_network[one]].values("pipelined") for one in ("Gigabit Ethernet", "InfiniBand"))
+        )
+        for pair in pairs
+    ]
     return Finding(
         f"With c = {slope:g} on Gigabit Ethernet between {extremes('pipelined', 'synchronous')} times the speed of "
         f"synchronous speculation if both are tuned. With the settings of the paper's scripts against the reference "
-        f"code's defaults it is between {extremes('scripts', 'untuned')}. The paper reports up to 2.15, measured; "
-        f"tuned policies come to it {_where(reached)}, untuned ones in {sum(headline)} of {len(headline)} settings.",
+        f"code's defaults it is between {extremes('scripts', 'untuned')}. The paper reports up to 2.15, measured on "
+        f"its machines; simulated, tuned policies come to it {_reached(tables, 'pipelined', 'synchronous')}, and "
+        f"their largest gain is {best / HEADLINE:.2f} times the paper's.",
         [
             f"Both tuned, synchronous speculation = 1, c = {slope:g}, Gigabit Ethernet; columns: acceptance:",
             _rows(tables, pairs, by_rate, "pipelined", "synchronous"),
@@ -90,6 +98,14 @@ def study(bench: Bench) -> Finding:
             _rows(tables, pairs, by_rate, "pipelined", "plain"),
             f"Tokens per second at acceptance {usual:g}, c = {slope:g}:",
             _speeds(tables, pairs, by_network),
+            fill(
+                f"On Gigabit Ethernet pipelined speculation keeps {100 * min(one.estimate for one in ethernet):.0f} to "
+                f"{100 * max(one.estimate for one in ethernet):.0f} % of its speed on InfiniBand: beside stages of "
+                "tens of milliseconds, messages are short. A token of Falcon-40B takes longer to draft than a stage "
+                "needs for its run. Synchronous speculation pays for that in every round; at high acceptance it "
+                "bounds pipelined speculation as well. PipeInfer's scripts against the code's defaults come to 2.15 "
+                f"{_reached(tables, 'scripts', 'untuned')}."
+            ),
             "What the tool reports of the stages, roofline:",
             stage_table({" + ".join(pair): cases[pair, GIGABIT, usual, slopes[0]] for pair in pairs}),
             f"<details><summary>Settings that were found, c = {slope:g}</summary>\n\n"
@@ -128,14 +144,21 @@ def _scenario(bench: Bench, case: Case) -> Scenario:
     )
 
 
-def _gain(table: Table) -> Any:
-    return table.ratio("pipelined", "synchronous")
-
-
-def _where(reached: Sequence[tuple[float, float]]) -> str:
-    if not reached:
-        return "nowhere"
-    return "at " + "; ".join(f"acceptance {rate:g} with c = {slope:g}" for rate, slope in reached)
+def _reached(tables: Mapping[Case, Table], ours: str, theirs: str) -> str:
+    """Where the paper's gain comes out, and for how many of the pairs there."""
+    there = Counter((rate, slope) for _, network, rate, slope in tables if network == GIGABIT)
+    found = Counter(
+        (rate, slope)
+        for (_, network, rate, slope), table in tables.items()
+        if network == GIGABIT and table.ratio(ours, theirs).estimate >= HEADLINE
+    )
+    return (
+        "; ".join(
+            f"at acceptance {rate:g} with c = {slope:g} for {pairs} of {there[rate, slope]} pairs"
+            for (rate, slope), pairs in sorted(found.items())
+        )
+        or "nowhere"
+    )
 
 
 def _rows(tables: Mapping[Case, Table], pairs: Sequence[Pair], along: Mapping[Any, Any], ours: str, theirs: str) -> str:
@@ -150,7 +173,7 @@ def _speeds(tables: Mapping[Case, Table], pairs: Sequence[Pair], networks: Mappi
         [
             f"{' + '.join(pair)}, {network}",
             *(between(tables[pair, *at].mean(name)) for name in ("plain", "synchronous", "pipelined")),
-            between(_gain(tables[pair, *at])),
+            between(gain(tables[pair, *at])),
         ]
         for pair in pairs
         for network, at in networks.items()

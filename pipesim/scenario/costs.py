@@ -53,11 +53,14 @@ def _json_key(key: Any, info: ValidationInfo) -> Any:
     return int(key) if info.mode == "json" and isinstance(key, str) and key.isdecimal() else key
 
 
+_Rows = Annotated[int, BeforeValidator(_json_key), Field(ge=1)]
+
+
 class TableCost(_Fitted):
     """Time of a run at a stage, measured at some numbers of rows; linear between and beyond them."""
 
     kind: Literal["table"]
-    rows_ms: dict[Annotated[int, BeforeValidator(_json_key), Field(ge=1)], Annotated[float, Field(gt=0)]] = Field(min_length=1)
+    rows_ms: dict[_Rows, Annotated[float, Field(gt=0)]] = Field(min_length=1)
     """Rows of a run -> its time. Constant under the smallest number given; never falling beyond the largest."""
 
     def model(self, layers: int, last: bool) -> CostModel:
