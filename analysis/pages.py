@@ -1,5 +1,6 @@
 """Markdown of generated pages."""
 
+import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -19,7 +20,9 @@ def plus_minus(values: Iterable[float], digits: int) -> str:
 
 
 def between(interval: Interval, digits: int = 2) -> str:
-    """An estimate and its 95 % confidence interval: ``1.62 [1.55, 1.70]``."""
+    """An estimate and, where it is known, its 95 % confidence interval: ``1.62 [1.55, 1.70]``."""
+    if math.isnan(interval.low):
+        return f"{interval.estimate:.{digits}f}"
     return f"{interval.estimate:.{digits}f} [{interval.low:.{digits}f}, {interval.high:.{digits}f}]"
 
 

@@ -165,7 +165,7 @@ def _numeric(axis: Axis) -> bool:
 class Crossing:
     """``lower`` falls below ``upper`` on one side of ``at``: ``under`` it, or else over it.
 
-    ``value``: the metric there. The interval of ``at`` is nan with fewer than two seeds.
+    ``value``: the metric there. The interval of ``at`` is nan with fewer than five seeds.
     """
 
     panel: str
@@ -182,7 +182,7 @@ def crossings(layout: Layout, series: Mapping[tuple[str, str], NDArray[np.float6
     Lines are compared by differences paired by seed. Two neighbouring values of ``x`` at which the mean difference has
     opposite signs, both with 95 % confidence (values between where it has no sure sign are skipped), enclose a
     crossing. It lies where the mean difference, interpolated on the scale of ``x``, is zero; its interval is the
-    bootstrap's over seeds. With a single seed signs are taken as they are.
+    bootstrap's over seeds, if they are five at least. With a single seed signs are taken as they are.
     """
     if layout.x is None:
         return
@@ -259,10 +259,12 @@ def summary(frame: pd.DataFrame, layout: Layout, scenario: Path, command: str, p
     if plot:
         paragraphs.append(f"![{metric.name}]({plot.name})")
     if layout.x and layout.line:
-        said = sentences(layout, list(crossings(layout, series)))
+        found = list(crossings(layout, series))
+        said = sentences(layout, found)
         paragraphs.append("\n".join(f"* {one}." for one in said) if said else "No two lines cross beyond chance.")
         if said and seeds > 1:
-            paragraphs.append(fill(CROSSING_METHOD))
+            brackets = not math.isnan(found[0].at.low)
+            paragraphs.append(fill(CROSSING_METHOD + (BRACKETS if brackets else "")))
     paragraphs += [
         f"{metric.label[0].upper()}{metric.label[1:]}: {spread if seeds > 1 else 'one seed'}.",
         _table(layout, series),
@@ -274,9 +276,9 @@ def summary(frame: pd.DataFrame, layout: Layout, scenario: Path, command: str, p
 
 CROSSING_METHOD = (
     "Policies are compared by differences paired by seed. A crossing lies between two places at which they differ in "
-    "opposite directions with 95 % confidence, where the interpolated mean difference is zero; the brackets are its "
-    "95 % bootstrap interval over seeds."
+    "opposite directions with 95 % confidence, where the interpolated mean difference is zero."
 )
+BRACKETS = " The brackets are its 95 % bootstrap interval over seeds."
 
 
 def question(scenario: Path) -> str:
@@ -298,11 +300,13 @@ def _table(layout: Layout, series: Mapping[tuple[str, str], NDArray[np.float64]]
 
 
 def _cell(values: NDArray[np.float64]) -> str:
+    """Mean over the seeds that have the figure, and how many, if not all have."""
     known = values[~np.isnan(values)]
     if not known.size:
         return "-"
     mean = mean_interval(known.tolist())
+    fewer = f" ({known.size} of {values.size})" if known.size < values.size else ""
     if math.isnan(mean.low):
-        return significant(mean.estimate, 4)
+        return significant(mean.estimate, 4) + fewer
     rounding = mean.half_width < 1e-9 * abs(mean.estimate)
-    return f"{significant(mean.estimate, 4)} ± {0 if rounding else significant(mean.half_width, 2)}"
+    return f"{significant(mean.estimate, 4)} ± {0 if rounding else significant(mean.half_width, 2)}{fewer}"

@@ -16,6 +16,8 @@ from scipy.special import stdtrit
 Statistic = Callable[[NDArray[np.float64]], float]
 """A figure of a sample, given as an array whose first dimension is the seeds."""
 
+_FEWEST_TO_RESAMPLE = 5
+
 
 @dataclass(frozen=True, slots=True)
 class Interval:
@@ -82,8 +84,8 @@ def bootstrap_interval(sample: ArrayLike, statistic: Statistic, *, resamples: in
 
     Whole seeds are drawn with replacement, as many as there are; the limits are the 2.5 % and 97.5 % quantiles of the
     figure over ``resamples`` such draws (Efron and Tibshirani, An Introduction to the Bootstrap, section 13.3). Draws
-    for which the figure does not exist (nan) are left out; the caller says what that means. With fewer than five seeds
-    the interval is too narrow to be believed: prefer Student's t there.
+    for which the figure does not exist (nan) are left out; the caller says what that means. Of fewer than five seeds
+    the interval would be too narrow to be believed: its limits are nan.
 
     Args:
         sample: ``[seeds, ...]``.
@@ -93,7 +95,7 @@ def bootstrap_interval(sample: ArrayLike, statistic: Statistic, *, resamples: in
     """
     values = np.asarray(sample, dtype=np.float64)
     estimate = float(statistic(values))
-    if len(values) < 2:
+    if len(values) < _FEWEST_TO_RESAMPLE:
         return Interval(estimate, math.nan, math.nan)
     draws = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
     figures = np.array([statistic(values[draw]) for draw in draws])

@@ -70,17 +70,18 @@ def test_the_bootstrap_is_the_same_every_time_and_skewed_where_the_sample_is() -
     one, again = (bootstrap_interval(sample, mean, seed=3) for _ in range(2))
     assert one == again
     assert one.high - one.estimate > 1.5 * (one.estimate - one.low)
-    assert math.isnan(bootstrap_interval([3.0], mean).low)
+    assert math.isnan(bootstrap_interval(sample[:4], mean).low), "four are too few"
+    assert not math.isnan(bootstrap_interval(sample[:5], mean).low)
 
 
 def test_draws_without_the_figure_are_left_out() -> None:
     def positive(values: np.ndarray) -> float:
         return float(values.mean()) if values.min() > 0 else math.nan
 
-    sometimes = bootstrap_interval([5.0, 6.0, 7.0, -1.0], positive)
+    sometimes = bootstrap_interval([5.0, 6.0, 7.0, 8.0, -1.0], positive)
     assert math.isnan(sometimes.estimate)
     assert sometimes.low >= 5.0
-    assert math.isnan(bootstrap_interval([-1.0, -2.0], positive).high)
+    assert math.isnan(bootstrap_interval([-1.0] * 5, positive).high)
 
 
 def test_an_interval_reads_as_people_write_it() -> None:

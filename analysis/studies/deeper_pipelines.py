@@ -5,6 +5,7 @@ from analysis.studies.bench import PIPELINED, Bench, Finding
 from analysis.studies.limit import (
     HEADLINE,
     RATES,
+    SEARCHES,
     STAGES,
     Line,
     against_stages,
@@ -120,7 +121,7 @@ def study(bench: Bench) -> Finding:
         ],
         [
             METHOD,
-            "Searches for more than 8 stages begin, for both policies, at what half as many stages liked best.",
+            SEARCHES,
             "The reasons (second row of the figure) are looked for on one line, with all three policies tuned.",
         ],
         figure,

@@ -1,7 +1,6 @@
 """The gain over tuned synchronous speculation against the number of stages: what both readings share."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from matplotlib.axes import Axes
 
@@ -21,6 +20,12 @@ UNTUNED: Settings = {"name": "speculative", "max_nodes": 16, "branches": 1, "cut
 """Synchronous speculation as the reference implementation's defaults have it."""
 _AFRESH = 8
 """Up to so many stages every search begins with the coarse grid; beyond, with what half as many stages liked best."""
+SEARCHES = (
+    "All policies climb once more from where both kinds of speculation got to, each with the other's tokens, branches "
+    f"and bars, too, lest one is judged by where its search got stuck. With more than {_AFRESH} stages this is the "
+    "only search, and begins at what half as many stages liked best."
+)
+"""How searches for many stages go beyond ``analysis.tuning.METHOD``, for pages."""
 
 Line = tuple[float, ...]
 """What is held fixed while stages are added, e.g. slope and acceptance rate."""
@@ -40,25 +45,27 @@ def against_stages(
     places: dict[tuple[Line, str], Settings] = {}
     groups: dict[tuple[Line, int], dict[str, Scenario]] = {}
     for stages in sorted({stages for _, stages in scenarios}):
-        lines = [held for held, number in scenarios if number == stages]
-        cases = [(held, name) for held in lines for name in policies]
-        jobs = [_job(scenarios[held, stages], policies[name], places.get((held, name)), stages) for held, name in cases]
-        tuned: dict[Line, dict[str, Scenario]] = {held: {} for held in lines}
-        for (held, name), job, best in zip(cases, jobs, bench.map(tune, jobs), strict=True):
-            places[held, name] = best["place"]
-            tuned[held][name] = with_settings(job[0], policy=best["settings"])
+        plain = {held: one.model_dump_json() for (held, number), one in scenarios.items() if number == stages}
+        groups |= {
+            (held, stages): {"untuned": with_settings(one, policy=UNTUNED), "plain": with_settings(one, policy=PLAIN)}
+            for held, one in plain.items()
+        }
+        cases = [(held, name) for held in plain for name in policies]
+        for afresh in (True, False) if stages <= _AFRESH else (False,):
+            starts = {case: [] if afresh else [_starts(places, *case)] for case in cases}
+            jobs = [(plain[held], policies[name], *starts[held, name]) for held, name in cases]
+            found = dict(zip(cases, bench.map(tune, jobs), strict=True))
+            places |= {case: best["place"] for case, best in found.items()}
+        for (held, name), best in found.items():
+            groups[held, stages][name] = with_settings(plain[held], policy=best["settings"])
             bench.note_ends(f"{name}, {stages} stages, {held}", best)
-        for held in lines:
-            plain = scenarios[held, stages].model_dump_json()
-            fixed = {"untuned": with_settings(plain, policy=UNTUNED), "plain": with_settings(plain, policy=PLAIN)}
-            groups[held, stages] = {**tuned[held], **fixed}
     return bench.measure_all(groups)
 
 
-def _job(scenario: Scenario, fixed: Settings, before: Settings | None, stages: int) -> tuple[Any, ...]:
-    """Where the search begins: at the coarse grid, or at what half as many stages liked best."""
-    afresh = before is None or stages <= _AFRESH
-    return (scenario.model_dump_json(), fixed) if afresh else (scenario.model_dump_json(), fixed, [before])
+def _starts(places: Mapping[tuple[Line, str], Settings], held: Line, name: str) -> list[Settings]:
+    """What the policy liked best so far, and what the other one did. Their axes stand in the same order."""
+    own, other = places[held, name], places[held, "pipelined" if name == "synchronous" else "synchronous"]
+    return [own, {**own, **dict(zip(own, other.values(), strict=False))}]
 
 
 def gain_lines(

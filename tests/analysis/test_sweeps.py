@@ -74,6 +74,26 @@ def test_failed_points_are_left_out_of_a_crossing() -> None:
     assert one.at.estimate == pytest.approx(0.03), "the line is straight"
 
 
+@pytest.mark.parametrize("seeds", [2, 4, 5])
+def test_brackets_are_promised_only_where_seeds_are_enough_for_them(tmp_path: Path, seeds: int) -> None:
+    (tmp_path / "s.yaml").write_text("# Why?\n")
+    axes = POLICIES, BANDWIDTH
+    text = summary(frame_of(*axes, noise=1e-9, seeds=seeds), Layout.of(axes, seeds, "tokens_per_second"),
+                   tmp_path / "s.yaml", "cmd", None)  # fmt: skip
+    assert ("under 30 [30, 30] Mbit/s" in text) == ("The brackets are" in text) == (seeds >= 5)
+    assert "under 30" in text
+
+
+def test_a_mean_of_fewer_seeds_than_the_page_says_tells_how_many(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text("# Why?\n")
+    axes = POLICIES, BANDWIDTH
+    frame = frame_of(*axes)
+    frame["tokens_per_second"] = 4.0
+    frame.loc[[0, 1], "tokens_per_second"] = math.nan
+    text = summary(frame, Layout.of(axes, SEEDS, "tokens_per_second"), tmp_path / "s.yaml", "cmd", None)
+    assert "| 10 | 4 ± 0 (4 of 6) | 4 ± 0 |" in text
+
+
 def test_sentences_name_place_policies_side_and_interval() -> None:
     axes = POLICIES, BANDWIDTH, LATENCY
     layout = Layout.of(axes, SEEDS, "tokens_per_second")
