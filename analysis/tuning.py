@@ -18,7 +18,8 @@ from pipesim.simulation.pipeline import evaluate
 
 COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 BARS = (0.0, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.9)
-SPLITS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
+SPLITS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
+_SPLIT_ENDS = (0.0, 0.5)  # two candidates share a confidence of 1: beyond 0.5 no runner-up forks
 
 SEEDS = ((1001, 1002), (1003, 1004, 1005, 1006, 1007))
 """Of the coarse grid, and of the climb. Results are made with other seeds: 1, 2, ..."""
@@ -93,7 +94,7 @@ def speculative_space(fixed: Settings) -> Space:
             "max_nodes": Axis(COUNTS, (1, 2, 4, 8, 16), (1,)),
             "branches": Axis(COUNTS, (1, 4), (1,)),
             "cutoff": Axis(BARS, (0.0, 0.6), (0.0,)),
-            "split": Axis(SPLITS, (0.2,)),
+            "split": Axis(SPLITS, (0.2,), _SPLIT_ENDS),
         },
         size="max_nodes",
         split="split",
@@ -110,7 +111,7 @@ def pipeinfer_space(fixed: Settings, stages: int) -> Space:
             "micro_batch": Axis(COUNTS, (1, 2, 4, 8), (1,)),
             "branches": Axis(COUNTS, (1, 2), (1,)),
             "p_accept": Axis(BARS, (0.0, 0.6), (0.0,)),
-            "p_split": Axis(SPLITS, (0.2,)),
+            "p_split": Axis(SPLITS, (0.2,), _SPLIT_ENDS),
             "partitions": Axis((1,), (1,), (1,)) if single else Axis(COUNTS, tuple({min(8, at_hand), at_hand}), (1,)),
         },
         size="micro_batch",

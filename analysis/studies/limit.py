@@ -106,20 +106,28 @@ def settings_table(tables: Mapping[tuple[Line, int], Table], lines: Mapping[Line
 
 def time_shares(axes: Axes, groups: Sequence[tuple[str, Table]]) -> None:
     """What a token's time goes into: two stacked bars per group, synchronous and pipelined, shares of the former."""
+    shown = [part for part in _PARTS if any(_share(table, part, policy) > 1 for _, table in groups for policy in _BOTH)]
     for at, (_, table) in enumerate(groups):
-        for policy, shift in (("synchronous", -0.2), ("pipelined", 0.2)):
+        for policy, shift in zip(_BOTH, (-0.2, 0.2), strict=True):
             bottom = 0.0
-            whole = sum(table.mean("synchronous", f"gap, {part}, ms").estimate for part in _PARTS)
-            for part, colour in _PARTS.items():
-                share = 100 * table.mean(policy, f"gap, {part}, ms").estimate / whole
-                label = part if not at and policy == "synchronous" else None
-                axes.bar(at + shift, share, 0.36, bottom=bottom, color=colour, label=label)
+            for part in shown:
+                label = part if not at and policy == _BOTH[0] else None
+                share = _share(table, part, policy)
+                axes.bar(at + shift, share, 0.36, bottom=bottom, color=_PARTS[part], label=label)
                 bottom += share
     axes.set_xticks(range(len(groups)), [name for name, _ in groups])
+    axes.set_ylim(0, 130)
     axes.grid(False, axis="x")
-    axes.legend(fontsize=7, ncols=2)
+    axes.legend(loc="upper center", ncols=len(shown))
 
 
+def _share(table: Table, part: str, policy: str) -> float:
+    """A part of a policy's time per token, in percent of synchronous speculation's time."""
+    whole = sum(table.mean("synchronous", f"gap, {one}, ms").estimate for one in _PARTS)
+    return 100 * table.mean(policy, f"gap, {part}, ms").estimate / whole
+
+
+_BOTH = ("synchronous", "pipelined")
 _PARTS = {
     "compute": "#0072B2",
     "queueing": "#E69F00",

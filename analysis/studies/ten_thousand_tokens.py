@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 from analysis.laboratory import with_settings
-from analysis.pages import between, markdown_table
+from analysis.pages import between, fill, markdown_table
 from analysis.studies.bench import PLAIN, Bench, Finding
 from analysis.style import COLOURS, line, panels
 from pipesim.errors import InvariantError
@@ -41,7 +41,7 @@ class Watcher(Meter):
                     "seconds": now / 1e9,
                     "verified": statistics.drafted_verified,
                     "accepted": statistics.drafted_accepted,
-                    "cells": generation.cells.allocated - generation.frontier,
+                    "cells": 0 if self.scheduler.finished else generation.cells.allocated - generation.frontier,
                 }
             )
         return commands
@@ -141,9 +141,11 @@ def study(bench: Bench) -> Finding:
                     for index in range(count)
                 ],
             ),
-            f"From the first window to the last, speed falls to {between(mean_interval(ratio[0]))} of its value, plain "
-            f"decoding's to {between(mean_interval(ratio[1]))}: runs take longer with the context, by 0.5 ms per row, "
-            "stage and thousand cells.",
+            fill(
+                f"From the first window to the last, speed falls to {between(mean_interval(ratio[0]))} of its value, "
+                f"plain decoding's to {between(mean_interval(ratio[1]))}: runs take longer with the context, by 0.5 "
+                "ms per row, stage and thousand cells."
+            ),
         ],
         [
             f"Means over seeds 1 to {len(runs)}. Passages of 20 easy and 10 hard tokens on average take turns "
