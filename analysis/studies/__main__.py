@@ -20,6 +20,8 @@ from pipesim.errors import BadInputError, PipesimError
 SCENARIOS = Path("scenarios")
 MEMORY = Path("out/studies.journal")
 COMMAND = "python -m analysis.studies -o docs/studies"
+_ANSWERS = ("**", "* ", "No two lines")
+"""How a finding begins, or what a sweep says about crossings."""
 
 
 def names() -> list[str]:
@@ -84,8 +86,8 @@ def index(folder: Path) -> str:
         path = folder / f"{scenario.stem}.md"
         if path.exists():
             parts = path.read_text(encoding="utf-8").split("\n\n")
-            said = next(part for part in parts if part.startswith(("**", "* ")))  # a finding, or a sweep's crossings
-            text = " ".join(said.removeprefix("* ").strip("*").split())
+            said = next(part for part in parts if part.startswith(_ANSWERS))
+            text = " ".join(line.removeprefix("* ").strip("*") for line in said.splitlines())
             lines.append(f"| [{header(scenario)[0]}]({path.name}) | {text} |")
     intro = (
         "Each answer is simulated from a scenario file that can be run, bent and swept: `pipesim simulate "

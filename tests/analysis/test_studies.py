@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 from analysis.studies.__main__ import SCENARIOS, answer, header, index, main, names, page
 from analysis.studies.bench import Bench
+from analysis.tuning import METHOD
 from pipesim.errors import BadInputError
 from pipesim.scenario_file import load_scenario
 from pipesim.simulation.pipeline import simulate
@@ -40,6 +41,37 @@ def test_every_study_answers_its_question(small: None, name: str, tmp_path: Path
     (tmp_path / f"{name}.md").write_text(text)
     question, _ = header(bench.path)
     assert f"| [{question}]({name}.md) | {finding.answer} |" in index(tmp_path)
+
+
+def test_pages_are_not_older_than_their_questions_and_the_ways_to_answer_them() -> None:
+    """As far as a glance tells: figures are made anew by the command that stands on the page."""
+    everywhere = f"seeds 1 to {Bench(in_process(), SCENARIOS).seeds[-1]}, where nothing else is said"
+    for name in names():
+        path = Path(f"docs/studies/{name}.md")
+        text = " ".join(path.read_text().split()) if path.exists() else ""
+        if text:
+            question, context = header(SCENARIOS / f"{name}.yaml")
+            assert text.startswith(f"# {question} **"), path
+            assert context in text, path
+            assert everywhere in text, path
+            assert METHOD in text or "were tuned alike" not in text, path
+    assert METHOD in " ".join(Path("docs/ablation.md").read_text().split())
+
+
+def test_the_index_is_of_the_pages_that_are_there() -> None:
+    assert Path("docs/studies/README.md").read_text() == index(Path("docs/studies"))
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("* a falls below b under 2 ms.\n* b falls below a over 5 ms.", "a falls below b under 2 ms. b falls below a over 5 ms."),
+        ("No two lines cross beyond chance.", "No two lines cross beyond chance."),
+    ],
+)  # fmt: skip
+def test_the_index_has_what_a_sweep_says(tmp_path: Path, said: str, shown: str) -> None:
+    (tmp_path / "network-degradation.md").write_text(f"# Network degradation\n\nWhy?\n\n{said}\n\nSpeed.\n")
+    assert f"(network-degradation.md) | {shown} |" in index(tmp_path)
 
 
 @pytest.mark.parametrize("name", names())
