@@ -1,7 +1,11 @@
+from pathlib import Path
+from typing import Any
+
 import pytest
 from scenario_builder import build
 
 from analysis.tuning import SEEDS, Search, pipeinfer_space, speculative_space, tune
+from pipesim.scenario_file import load_scenario, read_scenario
 from pipesim.scheduling.policy import make_policy
 
 SPECULATIVE = {"name": "speculative"}
@@ -52,3 +56,23 @@ def test_seeds_of_tuning_are_not_those_of_results() -> None:
     used = [seed for seeds in SEEDS for seed in seeds]
     assert len(set(used)) == len(used)
     assert min(used) > 1000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("gbps", "expected"),
+    [
+        (1, {"speculative": {}, "pipeinfer": {}}),
+        (0.01, {"speculative": {"max_nodes": 6, "cutoff": 0.65},
+                "pipeinfer": {"micro_batch": 1, "p_accept": 0.6, "partitions": 12, "branches": 1}}),
+    ],
+)  # fmt: skip
+def test_the_degrading_network_has_the_settings_that_are_found(
+    gbps: float, expected: dict[str, dict[str, Any]]
+) -> None:
+    """The file's own on the healthy network, those of docs/studies/network-degradation-settings.md on the slow one."""
+    path = Path("scenarios/network-degradation.yaml")
+    scenario = load_scenario(path, [f"cluster.links.bandwidth_gbps={gbps}"]).model_dump_json()
+    for name, own in expected.items():
+        stands = {"name": name, **read_scenario(path)["policies"][name], **own}
+        assert tune(scenario, {"name": name})["settings"].items() <= stands.items()
