@@ -214,8 +214,8 @@ class Recorder(Observer):
 class Meter(Observer):
     """Sums up what passes and keeps no trace. Its driver's clock counts whole nanoseconds from 0."""
 
-    def __init__(self, scheduler: Scheduler, seed: int, stages: int, events: TextIO | None = None) -> None:
-        super().__init__(scheduler, seed, events, ticks_per_s=1e9)
+    def __init__(self, scheduler: Scheduler, seed: int, stages: int) -> None:
+        super().__init__(scheduler, seed, ticks_per_s=1e9)
         self._tally = Tally(stages)
 
     def stage_span(self, stage: int, run_id: int, start: float, end: float, void: bool) -> None:

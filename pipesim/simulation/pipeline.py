@@ -1,7 +1,7 @@
 """The simulated world around a scheduler: head, links, stages and drafter in virtual time.
 
 The head hears one event at a time. Handling one takes ``overhead_ms``; at the end of it the scheduler decides, commands
-leave and tokens reach the user. Time is whole nanoseconds, nothing is random: the same scenario gives the same bytes.
+leave and tokens reach the user. Time is whole nanoseconds, chance follows from the seed: same scenario, same bytes.
 """
 
 from collections import deque

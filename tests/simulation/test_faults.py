@@ -198,6 +198,20 @@ def test_crashes_may_overlap(name: str, policy: str) -> None:
     assert min(late) == pytest.approx(on_again_ms + 0.5)
 
 
+@pytest.mark.parametrize("restart_ms", [0, 400])
+def test_a_stage_that_dies_after_the_connection_but_before_the_head_takes_note_of_it_stays_dead(
+    restart_ms: int,
+) -> None:
+    """The head needs 5 ms to take note of anything, and the other stages then compute."""
+    died_ms = 352 + restart_ms
+    first = f"{{kind: crash, stage: 1, start_ms: 300, detect_ms: 50, restart_ms: {restart_ms}}}"
+    second = f"{{kind: crash, stage: 2, start_ms: {died_ms}, detect_ms: 100, restart_ms: 200}}"
+    trace = simulate(build("cluster.head.overhead_ms=5", f"faults=[{first}, {second}]"))
+    at_work = {span.stage for span in trace.spans if died_ms <= span.start_s * 1e3 < died_ms + 300}
+    assert at_work == {0, 1}
+    assert trace.tokens == simulate(build()).tokens
+
+
 def test_a_crash_at_one_instant_loses_what_is_in_flight_all_the_same() -> None:
     trace = simulate(build("faults=[{kind: crash, stage: 1, start_ms: 300, detect_ms: 0, restart_ms: 0}]"))
     assert trace.tokens == simulate(build()).tokens
