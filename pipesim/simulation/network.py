@@ -92,7 +92,7 @@ class VaryingLink(LinkModel):
         end = max(leaves, transfer_end(start, size_bytes, self._rate))
         arrival = max(self._last_arrival, end + self._latency_at(end) + self._delay(end, size_bytes))
         while (restored := self._restored(arrival)) > arrival:  # lost in a partition: sent again at its end
-            arrival = max(self._last_arrival, restored + self._latency_at(restored))
+            arrival = restored + self._latency_at(restored)
         self._free_at, self._last_arrival = end, arrival
         ingress, clock = self._ingress, self._clock
         if ingress is None:
@@ -184,10 +184,9 @@ class Network:
         """A plain link, unless more is asked of it."""
         targets = (plan.name, plan.group, "all", index if plan.group == "data" else plan.name)
         faults = [fault for fault in self._scenario.faults if isinstance(fault, LinkFault) and fault.link in targets]
-        own_machine = plan.source == plan.target is not None
-        egress = self._egress.get(plan.source or "") if not own_machine else None
-        ingress = self._ingress.get(plan.target or "") if not own_machine else None
-        link = plan.link
+        link, leaves_device = plan.link, plan.source != plan.target
+        egress = self._egress.get(plan.source or "") if leaves_device else None
+        ingress = self._ingress.get(plan.target or "") if leaves_device else None
         if faults or link.jitter_ms or link.loss or link.profile or egress or ingress:
             return VaryingLink(self._clock, plan, faults, self._scenario.seed, egress, ingress)
         return LinkModel(plan.name, link)

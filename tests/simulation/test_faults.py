@@ -76,6 +76,7 @@ def test_whatever_goes_wrong_the_text_is_that_of_plain_decoding_and_the_log_repl
         assert before.time_s <= after.time_s
         if after.latency is not None:
             assert sum_ns(after) == round((after.time_s - before.time_s) * 1e9)
+    assert all(0 <= span.start_s < span.end_s for span in trace.spans)
     assert evaluate(scenario) == compute_metrics(trace)
     path = tmp_path_factory.getbasetemp() / "events.jsonl"
     path.write_text(log.getvalue())
@@ -136,6 +137,15 @@ def test_what_has_left_the_stage_before_it_died_still_comes_home() -> None:
     slow = ["cluster.links.latency_ms=30", "policy.name=pipeinfer"]
     crashed = simulate(build(*slow, CRASH))
     assert any(run.returned_s is not None and 0.3 < run.returned_s < 0.4 for run in crashed.runs)
+
+
+def test_what_comes_home_after_it_was_given_up_is_ignored() -> None:
+    """Every stage is 30 ms from the next: at any time there are frames on the link home."""
+    crash = "faults=[{kind: crash, stage: 0, start_ms: 400, detect_ms: 0, restart_ms: 10}]"
+    trace = simulate(build("cluster.links.latency_ms=30", crash))
+    assert trace.tokens == simulate(build()).tokens
+    assert not [run for run in trace.runs if run.submitted_s < 0.4 < (run.returned_s or 0)]
+    assert [run for run in trace.runs if run.lost_s == 0.4]
 
 
 def test_a_stage_is_slow_by_its_factors_while_they_last() -> None:

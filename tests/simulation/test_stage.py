@@ -171,3 +171,34 @@ def test_a_run_takes_at_least_a_nanosecond() -> None:
     bench = Bench(stage_ms=1e-9)
     bench.arrive(0, 0)
     assert bench.run() == [(0, 1 / MS, False)]
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_what_is_dropped_leaves_the_time_that_it_cost_and_no_more(own: bool) -> None:
+    bench = Bench(own=own)
+    bench.arrive(0, 0)
+    bench.arrive(1, 30)
+    bench.clock.at(40 * MS, lambda _: bench.stage.drop_everything())
+    assert bench.run() == []
+    assert bench.spans == [(0, 0, 0, 40 * MS, True)]
+    bench.arrive(2, 200)
+    assert bench.run() == [(2, 300, False)]
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_what_is_dropped_on_the_wire_costs_nothing(own: bool) -> None:
+    bench = Bench(own=own)
+    bench.arrive(0, 50)
+    bench.clock.at(40 * MS, lambda _: bench.stage.drop_everything())
+    assert (bench.run(), bench.spans) == ([], [])
+
+
+def test_the_plans_for_what_was_dropped_are_void() -> None:
+    """The core is taken until 150; at 100 nothing arrives any more."""
+    bench = Bench()
+    bench.device.acquire(lambda: None)
+    bench.clock.at(150 * MS, lambda _: bench.device.release())
+    bench.arrive(0, 100)
+    bench.clock.at(10 * MS, lambda _: bench.stage.drop_everything())
+    bench.clock.at(20 * MS, lambda _: [bench.arrive(run_id, 20) for run_id in (1, 2)])
+    assert bench.run() == [(1, 250, False), (2, 350, False)]
