@@ -7,6 +7,7 @@ import csv
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -149,27 +150,39 @@ def bandwidth_course(plan: LinkPlan) -> Course:
 
 def _course(plan: LinkPlan, own: float, name: str, unit: int) -> Course:
     profile = plan.link.profile
-    points = [] if profile is None else _points(profile, f"the profile of the link {plan.name!r}")
+    if profile is None:
+        return Course(own)
+    try:
+        return _profile_course(profile, _version(profile.file), own, name, unit)
+    except BadInputError as problem:
+        raise BadInputError(f"the profile of the link {plan.name!r}: {problem}") from None
+
+
+def _version(file: Path | None) -> tuple[int, int] | None:
+    """Differs where the file has changed."""
+    if file is None or not file.exists():
+        return None
+    stat = file.stat()
+    return stat.st_mtime_ns, stat.st_size
+
+
+@lru_cache(maxsize=32)  # many links share a profile, whose file may be long
+def _profile_course(profile: Profile, _: object, own: float, name: str, unit: int) -> Course:
+    points: Sequence[ProfilePoint] = profile.points or ()
+    if profile.file is not None:
+        points = _read(profile.file)
+        for problem in course_problems(str(profile.file), points, profile.period_ms):
+            raise BadInputError(problem)
     given = [(round(point.at_ms * NS_PER_MS), getattr(point, name)) for point in points]
     given = [(time, value * unit) for time, value in given if value is not None]
-    if profile is None or not given:
+    if not given:
         return Course(own)
     period = None if profile.period_ms is None else round(profile.period_ms * NS_PER_MS)
     times, values = zip(*given, strict=True)
     return Course(own, times, values, profile.shape == "ramps", period)
 
 
-def _points(profile: Profile, field: str) -> Sequence[ProfilePoint]:
-    """The points of a profile, from wherever it has them."""
-    if profile.file is None:
-        return profile.points or ()
-    points = _read(profile.file, field)
-    for problem in course_problems(f"{field}: {profile.file}", points, profile.period_ms):
-        raise BadInputError(problem)
-    return points
-
-
-def _read(path: Path, field: str) -> list[ProfilePoint]:
+def _read(path: Path) -> list[ProfilePoint]:
     """The rows of a CSV file as points. Raises BadInputError that names the row."""
     columns = set(ProfilePoint.model_fields)
     try:
@@ -178,12 +191,12 @@ def _read(path: Path, field: str) -> list[ProfilePoint]:
             header = reader.fieldnames or []
             if "at_ms" not in header or len(header) < 2 or not columns.issuperset(header):
                 raise BadInputError(
-                    f"{field}: {path} has the columns {', '.join(header) or 'none'}: "
+                    f"{path} has the columns {', '.join(header) or 'none'}: "
                     "at_ms and latency_ms, bandwidth_gbps or both are expected"
                 )
-            return [_point(row, f"{field}: {path}, line {reader.line_num}") for row in reader]
+            return [_point(row, f"{path}, line {reader.line_num}") for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as problem:
-        raise BadInputError(f"{field}: {path} cannot be read as CSV ({problem})") from None
+        raise BadInputError(f"{path} cannot be read as CSV ({problem})") from None
 
 
 def _point(row: dict[str, str | None], where: str) -> ProfilePoint:

@@ -212,3 +212,10 @@ def test_a_file_that_is_no_course_is_refused_by_name(tmp_path: Path, text: str, 
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInputError, match=r"the profile of the link 'l': .*none\.csv cannot be read"):
         latency(1, Profile(file=tmp_path / "none.csv"))
+
+
+def test_a_file_that_changes_is_read_again_and_one_that_does_not_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    first = latency(1, write(path, "at_ms,latency_ms\n0,2\n"))
+    assert latency(1, Profile(file=path)) is first
+    assert latency(1, write(path, "at_ms,latency_ms\n0,33\n")).at(0) == 33 * MS
