@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 from analysis.studies.__main__ import SCENARIOS, answer, header, index, main, names, page
 from analysis.studies.bench import Bench
+from analysis.studies.limit import _starts
 from analysis.tuning import METHOD
 from pipesim.errors import BadInputError
 from pipesim.scenario_file import load_scenario
@@ -77,6 +78,18 @@ def test_the_index_has_what_a_sweep_says(tmp_path: Path, said: str, shown: str) 
 @pytest.mark.parametrize("name", names())
 def test_every_scenario_file_can_be_simulated_as_it_is(name: str) -> None:
     assert simulate(load_scenario(SCENARIOS / f"{name}.yaml", ["workload.max_new_tokens=4"])).complete
+
+
+def test_each_policy_also_climbs_from_where_the_other_got_to() -> None:
+    places = {
+        ((), "pipelined"): {"micro_batch": 8, "branches": 2, "p_accept": 0.0, "p_split": 0.15, "partitions": 6},
+        ((), "synchronous"): {"max_nodes": 48, "branches": 24, "cutoff": 0.6, "split": 0.05},
+    }
+    assert _starts(places, (), "pipelined") == [
+        places[(), "pipelined"],
+        {"micro_batch": 48, "branches": 24, "p_accept": 0.6, "p_split": 0.05, "partitions": 6},
+    ]
+    assert _starts(places, (), "synchronous")[1] == {"max_nodes": 8, "branches": 2, "cutoff": 0.0, "split": 0.15}
 
 
 def test_a_scenario_without_a_question_is_refused(tmp_path: Path) -> None:

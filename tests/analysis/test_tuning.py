@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 from scenario_builder import build
 
-from analysis.tuning import SEEDS, Search, pipeinfer_space, speculative_space, tune
+from analysis.tuning import GAIN, SEEDS, Search, pipeinfer_space, speculative_space, tune
 from pipesim.scenario_file import load_scenario, read_scenario
 from pipesim.scheduling.policy import make_policy
 
@@ -12,8 +12,8 @@ SPECULATIVE = {"name": "speculative"}
 
 
 def test_the_search_finds_what_is_plain() -> None:
-    certain = build("acceptance.rate=1", "cluster.drafter.level_ms=0", "workload.max_new_tokens=12")
-    assert tune(certain.model_dump_json(), SPECULATIVE)["settings"]["max_nodes"] >= 8
+    certain = build("acceptance.rate=1", "cluster.drafter.level_ms=0", "workload.max_new_tokens=60")
+    assert tune(certain.model_dump_json(), SPECULATIVE)["settings"]["max_nodes"] >= 24, "beyond the coarse grid"
     hopeless = build("acceptance={kind: iid, rate: 0, runner_up: 0}", "cluster.drafter.level_ms=9")
     assert tune(hopeless.model_dump_json(), SPECULATIVE)["settings"]["max_nodes"] == 1
 
@@ -25,7 +25,7 @@ def test_no_neighbour_of_the_best_is_faster() -> None:
     for name in search.space.axes:
         for step in (-1, 1):
             other = search.space.along(best, name, step)
-            assert other is None or not search.better(other, best, SEEDS[1])
+            assert other is None or search.speed(other, SEEDS[1]) <= GAIN * search.speed(best, SEEDS[1])
 
 
 def test_the_end_of_a_ladder_is_reported_unless_it_is_a_natural_one() -> None:

@@ -8,6 +8,7 @@ from scenario_builder import build
 
 import pipesim
 from pipesim.errors import BadInputError
+from pipesim.scheduling.policies.pipeinfer import PipeInfer
 from pipesim.sweep import Axis, cross, parse_axis, points, simulated_metrics
 from pipesim.sweep.points import fingerprint
 
@@ -104,3 +105,10 @@ def test_a_fingerprint_knows_the_code_of_what_is_measured(tmp_path: Path, monkey
         sys.modules.pop("a_measure", None)
         found.add(fingerprint(build(), importlib.import_module("a_measure").speed))
     assert len(found) == 2
+
+
+def test_a_fingerprint_knows_the_code_of_the_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = fingerprint(build(), simulated_metrics)
+    digest = points._file_digest
+    monkeypatch.setattr(points, "_file_digest", lambda one: digest(one) + ("edited" if one is PipeInfer else ""))
+    assert fingerprint(build(), simulated_metrics) != before
