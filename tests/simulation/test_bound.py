@@ -385,17 +385,42 @@ def test_runs_that_are_cheaper_than_a_lone_row_are_not_beaten(cost: str) -> None
     assert_bounded(trace, clairvoyant_bound(scenario, truth).emissions_s)
 
 
-def test_a_crash_may_shorten_the_next_step_and_does_not_beat_the_bound() -> None:
-    """Reading the context costs most: all rows, prefilled anew together, read less of it than the newest alone."""
-    model = json.dumps({**SHAPE, "hidden": 64, "heads": 64, "kv_heads": 64, "intermediate": 1, "kv_bytes": 1000})
-    sets = [f"model={model}", "workload={prompt_tokens: 1, max_new_tokens: 30}", NO_LINKS, "policy.name=autoregressive"]
-    sets += ["cluster.stages.0.cost={kind: roofline, memory_bandwidth_gbytes_s: 0.001, peak_tflops: 1000}"]
+DEAR_CONTEXT = json.dumps({**SHAPE, "hidden": 64, "heads": 64, "kv_heads": 64, "intermediate": 1, "kv_bytes": 1000})
+NARROW_LINKS = "cluster.links={bandwidth_gbps: 0.001}"
+
+
+@pytest.mark.parametrize(
+    ("token", "sets"),
+    [
+        # reading the context costs most: all rows, prefilled anew together, read less of it than the newest alone
+        (
+            20,
+            [
+                f"model={DEAR_CONTEXT}",
+                NO_LINKS,
+                "cluster.stages.0.cost={kind: roofline, memory_bandwidth_gbytes_s: 0.001, peak_tflops: 1000}",
+            ],
+        ),
+        # bytes cost most: a row that is prefilled anew has no KV operation before it
+        (
+            0,
+            [
+                "model.hidden=1",
+                NARROW_LINKS,
+                "cluster.prefill_chunk=1",
+                "cluster.stages.0={repeat: 12, cost: {kind: linear, constant_ms: 0.001}}",
+            ],
+        ),
+    ],
+)
+def test_a_crash_may_shorten_the_next_step_and_does_not_beat_the_bound(token: int, sets: list[str]) -> None:
+    sets = [*sets, "workload={prompt_tokens: 1, max_new_tokens: 30}", "policy.name=autoregressive"]
     sets += ["acceptance.rate=0", "acceptance.runner_up=0"]
     whole = emission_times(simulate(build(*sets)))
-    crash = f"{{kind: crash, stage: 0, start_ms: {whole[20] * 1e3}, detect_ms: 0.001, restart_ms: 0}}"
+    crash = f"{{kind: crash, stage: 0, start_ms: {whole[token] * 1e3}, detect_ms: 0.00001, restart_ms: 0}}"
     scenario = build(*sets, f"faults=[{crash}]")
     trace = simulate(scenario)
-    assert emission_times(trace)[21] < whole[21]
+    assert emission_times(trace)[token + 1] < whole[token + 1]
     assert_bounded(trace, clairvoyant_bound(scenario).emissions_s)
 
 
