@@ -9,6 +9,7 @@ from backends.models.attention import AttentionTile, attend, plan_tiles
 from backends.models.config import LayerKind, ModelConfig
 from backends.models.exact import Tiling, tiled_linear
 from backends.models.loading import ModelSource
+from backends.models.products import Kernel, Matrix, lay_out
 from backends.models.rowwise import gated, rms_norm
 from pipesim.errors import BadInputError
 from pipesim.scheduling.cells import CellTable
@@ -25,20 +26,21 @@ class LayerWeights:
 
     kind: LayerKind
     attention_norm: torch.Tensor
-    qkv: torch.Tensor
+    qkv: Matrix
     qkv_bias: torch.Tensor | None
     qk_norm: torch.Tensor | None
-    output: torch.Tensor
+    output: Matrix
     post_attention_norm: torch.Tensor | None
     mlp_norm: torch.Tensor
-    gate_up: torch.Tensor
-    down: torch.Tensor
+    gate_up: Matrix
+    down: Matrix
     post_mlp_norm: torch.Tensor | None
 
-    def tensors(self) -> list[torch.Tensor]:
-        """All weights that the family has."""
+    @property
+    def parameters(self) -> int:
+        """How many weights the layer has."""
         fields = (getattr(self, name) for name in self.__dataclass_fields__)
-        return [field for field in fields if isinstance(field, torch.Tensor)]
+        return sum(field.numel() for field in fields if isinstance(field, torch.Tensor | Matrix))
 
 
 def read_weight(source: ModelSource, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -51,7 +53,7 @@ def read_weight(source: ModelSource, name: str, shape: tuple[int, ...], dtype: t
     return weight.to(dtype).contiguous()
 
 
-def read_layer(source: ModelSource, index: int, dtype: torch.dtype) -> LayerWeights:
+def read_layer(source: ModelSource, index: int, dtype: torch.dtype, kernel: Kernel) -> LayerWeights:
     """Layer ``index`` of the model, its parallel projections fused; matrices in ``dtype``, vectors in float32."""
     c, family = source.config, source.config.family
     queries, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
@@ -59,13 +61,13 @@ def read_layer(source: ModelSource, index: int, dtype: torch.dtype) -> LayerWeig
     def matrix(name: str, outputs: int, inputs: int) -> torch.Tensor:
         return read_weight(source, f"model.layers.{index}.{name}.weight", (outputs, inputs), dtype)
 
-    def fused(*parts: tuple[str, int]) -> torch.Tensor:
-        """Written where it stays, one part at a time."""
+    def fused(*parts: tuple[str, int]) -> Matrix:
+        """One part at a time is read."""
         whole, start = torch.empty(sum(outputs for _, outputs in parts), c.hidden, dtype=dtype), 0
         for name, outputs in parts:
             whole[start : start + outputs] = matrix(name, outputs, c.hidden)
             start += outputs
-        return whole
+        return lay_out(whole, kernel)
 
     def vector(name: str, size: int = c.hidden) -> torch.Tensor:
         return read_weight(source, f"model.layers.{index}.{name}", (size,), torch.float32)
@@ -81,11 +83,11 @@ def read_layer(source: ModelSource, index: int, dtype: torch.dtype) -> LayerWeig
         qk_norm=torch.cat([vector(name, c.head_dim).expand(heads, -1) for name, heads in head_norms])
         if family.qk_norm
         else None,
-        output=matrix("self_attn.o_proj", c.hidden, queries),
+        output=lay_out(matrix("self_attn.o_proj", c.hidden, queries), kernel),
         post_attention_norm=vector("post_attention_layernorm.weight") if family.post_norms else None,
         mlp_norm=vector(mlp_norm),
         gate_up=fused(("mlp.gate_proj", c.intermediate), ("mlp.up_proj", c.intermediate)),
-        down=matrix("mlp.down_proj", c.hidden, c.intermediate),
+        down=lay_out(matrix("mlp.down_proj", c.hidden, c.intermediate), kernel),
         post_mlp_norm=vector("post_feedforward_layernorm.weight") if family.post_norms else None,
     )
 

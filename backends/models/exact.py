@@ -2,8 +2,8 @@
 
 A matrix product picks its kernel, and with it the order of its sums, by its shape. Decode rows are therefore computed
 in tiles of a few chosen sizes whose results were found to agree on this machine, for every matrix of the model.
-Measured, float32 and one thread: on one CPU tiles of 2 to 8 rows agree, on another only 4 to 8; a single row differs
-on both. So the sizes are found by a check at start-up, not written down.
+Measured, float32, plain weights and one thread: on one CPU tiles of 2 to 8 rows agree, on another only 4 to 8; a single
+row differs on both; prepacked, 2 to 16 agree. So kernel and sizes are found by a check at start-up, not written down.
 """
 
 import functools
@@ -14,10 +14,14 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from backends.models.config import ModelConfig
+from backends.models.products import Kernel, Matrix, available_kernels, lay_out
 from backends.models.rowwise import gated, rms_norm
 
-LARGEST_TILE = 8
-"""Rows per tile at most; more rows no longer share one kernel on every machine."""
+CANDIDATES = {Kernel.PREPACKED: (1, 4, 6, 8, 12, 16), Kernel.PLAIN: (1, 2, 3, 4, 5, 6, 7, 8)}
+"""Row counts that a tile may have, if the check finds them to agree. Prepacked, 4 rows take no longer than 2 or 3."""
+
+LARGEST_TILE = max(max(sizes) for sizes in CANDIDATES.values())
+"""Rows per tile at most."""
 
 BLOCK = 64
 """Positions per attention block."""
@@ -29,9 +33,13 @@ RowProduct = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """The row counts that decode rows may be computed in, ascending; smaller batches are padded up to one of them."""
+    """The row counts that decode rows may be computed in, ascending, and the kernel of all matrix products.
+
+    Smaller batches are padded up to one of ``sizes``.
+    """
 
     sizes: tuple[int, ...]
+    kernel: Kernel = Kernel.PLAIN
 
     def split(self, rows: int) -> tuple[int, tuple[tuple[int, int], ...]]:
         """Cuts ``rows`` into tiles: the padded row count, and each tile's ``(start, stop)``."""
@@ -43,7 +51,7 @@ class Tiling:
         return start, tuple(bounds)
 
     def __str__(self) -> str:
-        return f"row tiles of {', '.join(map(str, self.sizes))}"
+        return f"row tiles of {', '.join(map(str, self.sizes))}, {self.kernel.value}"
 
 
 def pad_rows(rows: torch.Tensor, padded: int) -> torch.Tensor:
@@ -51,37 +59,45 @@ def pad_rows(rows: torch.Tensor, padded: int) -> torch.Tensor:
     return rows if padded == rows.shape[0] else F.pad(rows, (0, 0, 0, padded - rows.shape[0]))
 
 
-def tiled_linear(rows: torch.Tensor, weight: torch.Tensor, bounds: tuple[tuple[int, int], ...]) -> torch.Tensor:
-    """``rows @ weight.T``, one product per tile, float32 out whatever the weight's type."""
-    rows = rows.to(weight.dtype)
+def tiled_linear(rows: torch.Tensor, matrix: Matrix, bounds: tuple[tuple[int, int], ...]) -> torch.Tensor:
+    """``rows`` times ``matrix``, one product per tile, float32 out whatever the matrix's type."""
+    rows = rows.to(matrix.dtype)
     if len(bounds) == 1:
-        return F.linear(rows, weight).float()
-    return torch.cat([F.linear(rows[start:stop], weight) for start, stop in bounds]).float()
+        return matrix.product(rows).float()
+    return torch.cat([matrix.product(rows[start:stop]) for start, stop in bounds]).float()
 
 
 def choose_tiling(config: ModelConfig, dtype: torch.dtype) -> Tiling:
-    """The largest set of row counts up to 8 that agree bit for bit on all that the whole model does to rows.
+    """The largest set of row counts that agree bit for bit on all that the whole model does to rows.
 
-    It depends on the machine, its threads, the model and ``dtype``, not on the layers a stage holds: every stage split
-    computes alike. Takes about half a second for SmolLM2-135M; later calls in the process are free.
+    That is with the first available kernel of which several row counts agree. It depends on the machine, its threads,
+    the model and ``dtype``, not on the layers a stage holds nor on timing: every stage split computes alike. Takes
+    about half a second for SmolLM2-135M; later calls in the process are free.
     """
     return _choose_tiling(config, dtype, torch.get_num_threads())
 
 
 @functools.lru_cache
 def _choose_tiling(config: ModelConfig, dtype: torch.dtype, threads: int) -> Tiling:
+    kernels = available_kernels(dtype)
+    tilings = (Tiling(agreeing_sizes(config, dtype, kernel), kernel) for kernel in kernels)
+    return next(tiling for tiling in tilings if tiling.kernel is kernels[-1] or len(tiling.sizes) > 1)
+
+
+def agreeing_sizes(config: ModelConfig, dtype: torch.dtype, kernel: Kernel) -> tuple[int, ...]:
+    """Those of the ``kernel``'s candidates that agree, ascending; the largest such set."""
     generator = torch.Generator().manual_seed(0)
-    agreeing: list[tuple[int, ...]] = [tuple(range(1, LARGEST_TILE + 1))]
+    agreeing: list[tuple[int, ...]] = [CANDIDATES[kernel]]
     with torch.inference_mode():
-        for product, probe in model_products(config, dtype, generator):
+        for product, probe in model_products(config, dtype, kernel, generator):
             agreeing = _refine(agreeing, product, probe, generator)
             # A size that agrees with no other cannot win while others agree: spare the wide LM head, which comes last.
             agreeing = [sizes for sizes in agreeing if len(sizes) > 1] or agreeing
-    return Tiling(max(agreeing, key=lambda sizes: (len(sizes), sizes)))
+    return max(agreeing, key=lambda sizes: (len(sizes), sizes))
 
 
 def model_products(
-    config: ModelConfig, dtype: torch.dtype, generator: torch.Generator
+    config: ModelConfig, dtype: torch.dtype, kernel: Kernel, generator: torch.Generator
 ) -> Iterator[tuple[RowProduct, torch.Tensor]]:
     """All that rows go through side by side, as functions of rows, each with a row to probe it by; one at a time."""
     yield from rowwise_functions(config, generator)
@@ -94,11 +110,7 @@ def model_products(
         (min(config.vocabulary, _PROBED_OUTPUTS), config.hidden),
     ):
         probe, weight = cancelling_pair(outputs, inputs, dtype, generator)
-        yield functools.partial(_linear, weight=weight), probe
-
-
-def _linear(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return F.linear(rows, weight)
+        yield lay_out(weight, kernel).product, probe
 
 
 def _refine(

@@ -11,6 +11,7 @@ import torch.nn.functional as F  # noqa: N812
 from backends.models.decoder import KvCache, plan_run, read_layer, read_weight, run_layers
 from backends.models.exact import choose_tiling, pad_rows, tiled_linear
 from backends.models.loading import ModelSource
+from backends.models.products import Matrix, lay_out
 from backends.models.rowwise import rms_norm
 from backends.sampling import History, Sampling
 from pipesim.errors import BadInputError, InvariantError
@@ -79,23 +80,25 @@ class StageModel:
         self.is_first = first_layer == 0
         self.is_last = last_layer == config.layers
         self.tiling = choose_tiling(config, dtype)
-        self._layers = [read_layer(source, index, dtype) for index in kept]
+        self._layers = [read_layer(source, index, dtype, self.tiling.kernel) for index in kept]
         table = (config.vocabulary, config.hidden)
-        self._embedding = self._norm = self._head = None
+        self._embedding = self._norm = None
+        self._head: Matrix | None = None
         if self.is_first or (self.is_last and config.tied):
             embedding = read_weight(source, "model.embed_tokens.weight", table, dtype)
             self._embedding = embedding if self.is_first else None
         if self.is_last:
             self._norm = read_weight(source, "model.norm.weight", (config.hidden,), torch.float32)
-            self._head = embedding if config.tied else read_weight(source, "lm_head.weight", table, dtype)
+            head = embedding if config.tied else read_weight(source, "lm_head.weight", table, dtype)
+            self._head = lay_out(head, self.tiling.kernel)
         self._sessions: dict[int, Session] = {}
 
     @property
     def parameters(self) -> int:
-        """Weights kept by this stage, a tied embedding counted once."""
-        layers = [weight for layer in self._layers for weight in layer.tensors()]
-        others = {id(weight): weight for weight in (self._embedding, self._norm, self._head) if weight is not None}
-        return sum(weight.numel() for weight in [*layers, *others.values()])
+        """Weights kept by this stage; a tied embedding counts once, though its LM head may be a copy."""
+        embedding = None if self.config.tied and self._head is not None else self._embedding
+        others = (embedding, self._norm, self._head)
+        return sum(layer.parameters for layer in self._layers) + sum(one.numel() for one in others if one is not None)
 
     def open_session(self, session: int, kv_cells: int, sequences: int, sampling: Sampling) -> None:
         """Reserves ``kv_cells`` KV cells for up to ``sequences`` sequences; their positions stay under ``kv_cells``."""

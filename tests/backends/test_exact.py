@@ -4,6 +4,7 @@ import itertools
 import random
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,15 @@ from hypothesis import strategies as st
 from tiny_models import FAMILY_CONFIGS, Chain, prefill_runs, tiny_source
 
 from backends.models.attention import attend, plan_tiles
-from backends.models.exact import Tiling, cancelling_pair, choose_tiling, model_products, probe_result, telling_values
+from backends.models.exact import (
+    LARGEST_TILE,
+    Tiling,
+    cancelling_pair,
+    choose_tiling,
+    model_products,
+    probe_result,
+    telling_values,
+)
 from backends.models.loading import ModelSource
 from backends.models.rowwise import gated
 from backends.models.stage_model import StageModel
@@ -150,6 +159,17 @@ def test_every_row_count_agrees_at_every_kv_size(wholes: dict[str, StageModel], 
     for size in range(1, 10):
         sizes = [size] * (9 // size) + ([9 % size] if 9 % size else [])
         assert torch.equal(alone, micro_batches([whole], tokens[:length], tokens[length:], sizes, size % 3, size))
+
+
+def test_logits_do_not_depend_on_how_three_threads_share_the_rows(tmp_path: Path) -> None:
+    """11 rows and 4 of a wrong branch have more values between them than one thread takes, and no whole number each."""
+    try:
+        whole = StageModel(tiny_source(tmp_path / "wide", intermediate_size=5504), 0, 4, threads=3)
+        tokens = text(300 + 18, 160)
+        alone = one_row_at_a_time([whole], tokens[:300], tokens[300:])
+        assert torch.equal(alone, micro_batches([whole], tokens[:300], tokens[300:], [11, 2, 5], 4, 7))
+    finally:
+        torch.set_num_threads(1)
 
 
 @pytest.mark.model
@@ -301,8 +321,8 @@ def test_the_start_up_check_of_smollm2_is_quick_and_right(smollm2: ModelSource) 
     tiling = choose_tiling(smollm2.config, torch.float32)
     assert time.perf_counter() - began < 3.0  # half a second on an idle machine
     generator = torch.Generator().manual_seed(99)
-    for product, probe in model_products(smollm2.config, torch.float32, generator):
-        rows = torch.randn(8, len(probe), generator=generator)
+    for product, probe in model_products(smollm2.config, torch.float32, tiling.kernel, generator):
+        rows = torch.randn(LARGEST_TILE, len(probe), generator=generator)
         reference = {size: product(rows[:size]) for size in tiling.sizes}
         for size in tiling.sizes:
             assert torch.equal(reference[size], reference[tiling.sizes[-1]][:size])

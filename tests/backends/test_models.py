@@ -199,8 +199,8 @@ def test_loading_a_stage_takes_the_memory_of_its_share_of_the_file(tmp_path: Pat
     parameters, peak = map(int, done.stdout.split())
     kept = 4 * parameters
     assert kept == pytest.approx((whole - 2 * 9000 * 512 * 4) * 2 / layers, rel=1e-3)
-    largest = 4 * 2048 * 512  # one matrix of the file at a time, beside where it goes
-    assert peak < 1.25 * kept + 3 * largest, f"{peak / 1e6:.0f} MB for {kept / 1e6:.0f} of {whole / 1e6:.0f} MB"
+    largest = 4 * 2048 * 512  # one matrix of the file at a time; two of them, fused, beside their copy for the kernel
+    assert peak < 1.25 * kept + 5 * largest, f"{peak / 1e6:.0f} MB for {kept / 1e6:.0f} of {whole / 1e6:.0f} MB"
 
 
 def test_only_output_rows_are_predicted(tiny: ModelSource) -> None:
