@@ -6,7 +6,7 @@ from typing import Any
 
 from analysis.laboratory import with_settings
 from analysis.pages import between, fill, markdown_table
-from analysis.studies.bench import PIPELINED, PLAIN, SYNCHRONOUS, Bench, Finding
+from analysis.studies.bench import PIPELINED, PLAIN, SYNCHRONOUS, Bench, Finding, Table
 from analysis.style import COLOURS, line, panels
 from analysis.tuning import METHOD
 from pipesim.errors import InvariantError
@@ -108,6 +108,11 @@ def study(bench: Bench) -> Finding:
                 [[f"{100 * share:g} %", *(between(tables[share].mean(name)) for name in LOOKS)] for share in shares],
             ),
             fill(
+                f"No policy breaks, all get slower. At {100 * last:g} % of the bandwidth a token takes "
+                + ", ".join(f"{_spent(tables[last], name)} ({name})" for name in POLICIES)
+                + "."
+            ),
+            fill(
                 "Faults that begin one second after the prompt. How much later the text is complete, in seconds "
                 "(paired by seed), and the longest gap between tokens, mean over seeds:"
             ),
@@ -125,9 +130,7 @@ def study(bench: Bench) -> Finding:
         ],
         [
             METHOD,
-            "Settings are those that are best at full bandwidth, except where it says retuned. With little bandwidth a "
-            "micro-batch occupies every link for longer than a stage, speculative runs queue before links, and the "
-            "newest token queues behind them: this is how pipelined speculation fails, gradually and without an error.",
+            "Settings are those that are best at full bandwidth, except where it says retuned.",
         ],
         figure,
     )
@@ -136,6 +139,12 @@ def study(bench: Bench) -> Finding:
 def delays_of(delays: dict[tuple[str, str], Interval]) -> list[str]:
     """The faults in order."""
     return list(dict.fromkeys(fault for fault, _ in delays))
+
+
+def _spent(table: Table, name: str) -> str:
+    parts = ("compute", "serialisation", "queueing")
+    times = {part: table.mean(name, f"gap, {part}, ms").estimate for part in parts}
+    return f"{times['compute']:.0f} ms of compute, {times['serialisation']:.0f} on links and {times['queueing']:.0f} in queues"
 
 
 def _relative(tables: Any, share: float, full: float, name: str) -> Interval:
