@@ -143,8 +143,8 @@ def delays_of(delays: dict[tuple[str, str], Interval]) -> list[str]:
 
 def _spent(table: Table, name: str) -> str:
     parts = ("compute", "serialisation", "queueing")
-    times = {part: table.mean(name, f"gap, {part}, ms").estimate for part in parts}
-    return f"{times['compute']:.0f} ms of compute, {times['serialisation']:.0f} on links and {times['queueing']:.0f} in queues"
+    compute, links, queues = (table.mean(name, f"gap, {part}, ms").estimate for part in parts)
+    return f"{compute:.0f} ms of compute, {links:.0f} on links and {queues:.0f} in queues"
 
 
 def _relative(tables: Any, share: float, full: float, name: str) -> Interval:
