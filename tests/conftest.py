@@ -1,6 +1,13 @@
 """Options and markers shared by all tests."""
 
+import signal
+
 import pytest
+
+
+def pytest_configure() -> None:
+    """A suite started in the background inherits that SIGINT is ignored, and what tests interrupt would, too."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
