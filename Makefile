@@ -24,10 +24,11 @@ lint: $(DEV)
 docs: $(REAL)
 	$(BIN)/python -m analysis.ablation -o docs/ablation.md
 
-# The simulator's speed: ratios asserted, and the page with the figures. About six minutes.
+# The simulator's speed and a forward pass': ratios asserted, and the pages with the figures. About ten minutes.
 benchmark: $(DEV)
 	$(BIN)/python -m pytest tests/benchmarks --runslow
 	$(BIN)/python -m analysis.simulator_speed -o docs/simulator-speed.md
+	$(BIN)/python -m analysis.forward_speed -o docs/forward-speed.md
 
 # The scenario library's answers: about 40 minutes on two cores; goes on where it was broken off.
 studies: $(REAL)

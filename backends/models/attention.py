@@ -2,42 +2,63 @@
 
 A *unit* is one block of 64 positions as some rows of a tile see it: its cells in position order. Blocks of the shared
 prefix are one unit for all rows; where branches differ, a block has one unit per branch. Every unit is multiplied
-with all rows of the tile in products of one fixed shape; what a row does not see, be it on another branch or behind a
-sliding window, is masked, so its weight is exactly zero and adding it changes no bit. Maxima are exact in any order,
-sums run unit by unit in order of position.
+with all rows of the tile in products of one fixed shape, units that lie in a row in one batch; what a row does not
+see, be it on another branch or behind a sliding window, is masked, so its weight is exactly zero and adding it changes
+no bit. Maxima are exact in any order, sums run unit by unit in order of position.
+
+The cache of a layer is ``[blocks, kv_heads, 64, head_dim]``: cell ``c`` is at ``c % 64`` of block ``c // 64``.
 
 Everything that depends on cells and sequences is worked out once per run here, none of it per layer.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from backends.models.exact import BLOCK
+from backends.models.exact import BATCHED_BLOCKS, BLOCK
 from pipesim.scheduling.cells import CellTable
 from pipesim.scheduling.runs import END, Run
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Units that are multiplied in one batch: ``units`` of the tile, at ``blocks`` of the cache, or of a copy of it.
+
+    Both count heads: a block is ``kv_heads`` matrices.
+    """
+
+    gathered: bool
+    units: slice
+    blocks: slice
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionTile:
     """What one tile of rows attends to.
 
-    ``units[u]`` is ``(gathered, start)``: 64 cells in a row, from ``start`` on, of the cache itself or of the copy that
-    ``gather`` makes. The first ``open_units`` units are seen in full by every row; for the others ``mask``, of shape
+    ``batches`` hold its ``units`` in order. ``gather`` are the rows of the flat cache that are copied. The first
+    ``open_units`` units are seen in full by every row; for the others ``mask``, of shape
     ``[units - open_units, 1, rows, 1, 64]``, is 0 where a row sees a cell and -inf elsewhere.
     """
 
-    units: tuple[tuple[bool, int], ...]
+    units: int
+    batches: tuple[Batch, ...]
     gather: torch.Tensor | None
     open_units: int
     mask: torch.Tensor
 
 
+def flat_rows(cells: Sequence[int], kv_heads: int) -> torch.Tensor:
+    """Where ``cells`` are in the flat cache ``[blocks * kv_heads * 64, head_dim]``: ``[cells, kv_heads]``."""
+    at = torch.tensor(cells).unsqueeze(1)
+    return (at // BLOCK * kv_heads + torch.arange(kv_heads)) * BLOCK + at % BLOCK
+
+
 def plan_tiles(
-    table: CellTable, run: Run, start: int, stop: int, padded_stop: int, windows: Collection[int]
+    table: CellTable, run: Run, start: int, stop: int, padded_stop: int, windows: Collection[int], kv_heads: int
 ) -> dict[int, AttentionTile]:
     """Prepares rows ``[start, stop)`` of ``run``, padded up to ``padded_stop``; ``run`` has been admitted last.
 
@@ -53,32 +74,46 @@ def plan_tiles(
         # padding rows see everything, to stay finite
         first, last = (np.full((len(near), padded_stop - start), seen) for seen in (0, BLOCK))
         first[:, : stop - start], last[:, : stop - start] = hidden[near], counts[near]
-        tiles[window] = _tile([cells[unit] for unit in near], first, last, table.total)
+        tiles[window] = _tile([cells[unit] for unit in near], first, last, kv_heads)
     return tiles
 
 
 def _tile(
-    cells: list[list[int]], first: npt.NDArray[np.int64], last: npt.NDArray[np.int64], total: int
+    cells: list[list[int]], first: npt.NDArray[np.int64], last: npt.NDArray[np.int64], kv_heads: int
 ) -> AttentionTile:
     """The tile of units with ``cells``, of which a row sees those from ``first`` up to ``last``, ``[units, rows]``."""
-    units: list[tuple[bool, int]] = []
+    places: list[tuple[bool, int]] = []  # of each unit: whether it is copied, and its block
     gathered: list[int] = []
     for unit in cells:
         cell = unit[0]
-        if cell + BLOCK <= total and unit == list(range(cell, cell + len(unit))):
-            units.append((False, cell))
+        if cell % BLOCK == 0 and unit == list(range(cell, cell + len(unit))):
+            places.append((False, cell // BLOCK))
         else:
-            units.append((True, len(gathered)))
+            places.append((True, len(gathered) // BLOCK))
             gathered += unit + unit[:1] * (BLOCK - len(unit))
     open_units = int(np.cumprod((last - first == BLOCK).all(axis=1)).sum())
     first, last, at = first[open_units:, :, None], last[open_units:, :, None], np.arange(BLOCK)
     mask = np.where((at >= first) & (at < last), 0.0, -np.inf).astype(np.float32)
     return AttentionTile(
-        units=tuple(units),
-        gather=torch.tensor(gathered) if gathered else None,
+        units=len(places),
+        batches=tuple(_batches(places, kv_heads)),
+        gather=flat_rows(gathered, kv_heads).view(-1, BLOCK, kv_heads).transpose(1, 2).flatten() if gathered else None,
         open_units=open_units,
         mask=torch.from_numpy(mask)[:, None, :, None, :],
     )
+
+
+def _batches(places: Sequence[tuple[bool, int]], kv_heads: int) -> Iterator[Batch]:
+    start = 0
+    for unit in range(1, len(places) + 1):
+        (gathered, block), count = places[start], unit - start
+        if unit == len(places) or count == BATCHED_BLOCKS or places[unit] != (gathered, block + count):
+            yield Batch(
+                gathered,
+                slice(start * kv_heads, unit * kv_heads),
+                slice(block * kv_heads, (block + count) * kv_heads),
+            )
+            start = unit
 
 
 def _find_units(
@@ -117,26 +152,37 @@ def attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tile
     """Softmax attention of one tile in one layer.
 
     ``queries`` are ``[rows, kv_heads, group, head_dim]``, already scaled; ``keys`` and ``values`` the layer's cache
-    ``[kv_heads, cells, head_dim]``, never repeated per query head. Returns ``[rows, heads * head_dim]``.
+    ``[blocks, kv_heads, 64, head_dim]``, never repeated per query head. Returns ``[rows, heads * head_dim]``.
     """
     rows, kv_heads, group, width = queries.shape
-    flat = queries.transpose(0, 1).reshape(kv_heads, rows * group, width)
-    copied_keys = copied_values = keys
-    if tile.gather is not None:
-        copied_keys, copied_values = keys.index_select(1, tile.gather), values.index_select(1, tile.gather)
-    scores = flat.new_empty(len(tile.units), kv_heads, rows * group, BLOCK)
-    for unit, (gathered, start) in enumerate(tile.units):
-        block = (copied_keys if gathered else keys)[:, start : start + BLOCK]
-        torch.bmm(flat, block.transpose(1, 2), out=scores[unit])
-    masked = scores[tile.open_units :]
-    masked.view(-1, kv_heads, rows, group, BLOCK).add_(tile.mask)
+    key_blocks, copied_keys = _blocks(keys, tile)
+    value_blocks, copied_values = _blocks(values, tile)
+    most = min(tile.units, BATCHED_BLOCKS)
+    flat = queries.transpose(0, 1).reshape(1, kv_heads, rows * group, width).expand(most, -1, -1, -1).flatten(0, 1)
+    scores = flat.new_empty(tile.units * kv_heads, rows * group, BLOCK)
+    for batch in tile.batches:
+        blocks = (copied_keys if batch.gathered else key_blocks)[batch.blocks]
+        torch.bmm(flat[: len(blocks)], blocks.transpose(1, 2), out=scores[batch.units])
+    scores = scores.view(tile.units, kv_heads, rows * group, BLOCK)
+    scores[tile.open_units :].view(-1, kv_heads, rows, group, BLOCK).add_(tile.mask)
     highest = scores.amax(-1).amax(0)
     weights = scores.sub_(highest.unsqueeze(-1)).exp_()
     # cumsum adds unit after unit, where sum would pair them up by their number
     total = weights.sum(-1).cumsum(0)[-1]
-    attended = torch.zeros_like(flat)
-    for unit, (gathered, start) in enumerate(tile.units):
-        block = (copied_values if gathered else values)[:, start : start + BLOCK]
-        attended.baddbmm_(weights[unit], block)
+    parts = flat.new_empty(tile.units * kv_heads, rows * group, width)
+    for batch in tile.batches:
+        blocks = (copied_values if batch.gathered else value_blocks)[batch.blocks]
+        torch.bmm(weights.flatten(0, 1)[batch.units], blocks, out=parts[batch.units])
+    attended, *others = parts.view(tile.units, kv_heads, rows * group, width).unbind()
+    for other in others:  # cumsum would write down every sum on the way
+        attended += other
     attended /= total.unsqueeze(-1)
     return attended.view(kv_heads, rows, group * width).transpose(0, 1).reshape(rows, -1)
+
+
+def _blocks(cache: torch.Tensor, tile: AttentionTile) -> tuple[torch.Tensor, torch.Tensor]:
+    """The blocks of each head, ``[blocks * kv_heads, 64, head_dim]``: those of the cache, and the tile's copies."""
+    blocks = cache.flatten(0, 1)
+    if tile.gather is None:
+        return blocks, blocks
+    return blocks, blocks.flatten(0, 1).index_select(0, tile.gather).view(-1, *blocks.shape[1:])

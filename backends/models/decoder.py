@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
-from backends.models.attention import AttentionTile, attend, plan_tiles
+from backends.models.attention import AttentionTile, attend, flat_rows, plan_tiles
 from backends.models.config import LayerKind, ModelConfig
-from backends.models.exact import Tiling, tiled_linear
+from backends.models.exact import BLOCK, Tiling, tiled_linear
 from backends.models.loading import ModelSource
 from backends.models.products import Kernel, Matrix, lay_out
 from backends.models.rowwise import gated, rms_norm
@@ -95,11 +95,11 @@ def read_layer(source: ModelSource, index: int, dtype: torch.dtype, kernel: Kern
 class KvCache:
     """Keys and values of one session on one stage, and the rotary tables of each of its layers' ``kinds``.
 
-    ``keys`` and ``values`` are ``[layers, kv_heads, cells, head_dim]`` each.
+    ``keys`` and ``values`` are ``[layers, blocks, kv_heads, 64, head_dim]`` each, see ``attention.py``.
     """
 
     def __init__(self, config: ModelConfig, kinds: Sequence[LayerKind], cells: int) -> None:
-        shape = (len(kinds), config.kv_heads, cells, config.head_dim)
+        shape = (len(kinds), -(-cells // BLOCK), config.kv_heads, BLOCK, config.head_dim)
         # Zeros, not whatever memory held: masked cells meet a weight of zero, and zero times NaN is NaN.
         self.keys = torch.zeros(shape)
         self.values = torch.zeros(shape)
@@ -130,7 +130,8 @@ class Look:
 class RunPlan:
     """All that the layers need to know of a run, worked out once: tiles, cells, and a look for each kind of layer.
 
-    Rows are padded to ``padded`` in total; ``bounds`` are the tiles' row ranges.
+    Rows are padded to ``padded`` in total; ``bounds`` are the tiles' row ranges; ``cells`` is where the rows' keys and
+    values go in the flat cache, head by head.
     """
 
     rows: int
@@ -149,12 +150,14 @@ def plan_run(run: Run, cells: Sequence[int], table: CellTable, cache: KvCache, t
     padded, bounds = (rows, ((0, rows),)) if run.kind is RunKind.PREFILL else tiling.split(rows)
     positions = torch.tensor(run.positions + (0,) * (padded - rows))
     windows = {kind.window for kind in cache.rotary}
-    tiles = [plan_tiles(table, run, start, min(stop, rows), stop, windows) for start, stop in bounds]
+    tiles = [
+        plan_tiles(table, run, start, min(stop, rows), stop, windows, cache.keys.shape[2]) for start, stop in bounds
+    ]
     return RunPlan(
         rows=rows,
         padded=padded,
         bounds=bounds,
-        cells=torch.tensor(cells),
+        cells=flat_rows(cells, cache.keys.shape[2]).flatten(),
         looks={
             kind: Look(cos[positions], sin[positions], tuple(tile[kind.window] for tile in tiles))
             for kind, (cos, sin) in cache.rotary.items()
@@ -207,8 +210,8 @@ def _attention(
         qk = rms_norm(qk, layer.qk_norm, config.norm_eps)
     swapped = torch.cat((qk[..., half:], qk[..., :half]), -1)
     qk = qk * look.cos + swapped * look.sin
-    keys.index_copy_(1, plan.cells, qk[: plan.rows, heads:].transpose(0, 1))
-    values.index_copy_(1, plan.cells, value[: plan.rows].transpose(0, 1))
+    keys.view(-1, config.head_dim).index_copy_(0, plan.cells, qk[: plan.rows, heads:].flatten(0, 1))
+    values.view(-1, config.head_dim).index_copy_(0, plan.cells, value[: plan.rows].flatten(0, 1))
     queries = (qk[:, :heads] * config.query_scale).view(plan.padded, kv_heads, config.group, config.head_dim)
     tiles = zip(plan.bounds, look.tiles, strict=True)
     outputs = [attend(queries[start:stop], keys, values, tile) for (start, stop), tile in tiles]

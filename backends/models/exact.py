@@ -26,6 +26,9 @@ LARGEST_TILE = max(max(sizes) for sizes in CANDIDATES.values())
 BLOCK = 64
 """Positions per attention block."""
 
+BATCHED_BLOCKS = 16
+"""Attention blocks that are multiplied in one batch, at most."""
+
 _PROBED_OUTPUTS = 65_536  # a wider LM head is probed on its first outputs only
 
 RowProduct = Callable[[torch.Tensor], torch.Tensor]
@@ -207,13 +210,19 @@ def attention_products(config: ModelConfig, generator: torch.Generator) -> list[
     weight, value = cancelling_pair(kv_heads * width, BLOCK, torch.float32, generator)
     values = value.view(kv_heads, width, BLOCK).transpose(1, 2).contiguous()
 
+    def batched(rows: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+        """NaN where the product of a block depends on how many are in its batch: no size agrees then."""
+        wide = rows.reshape(1, -1, blocks.shape[1]).repeat(kv_heads, 1, 1)
+        few = torch.bmm(wide, blocks)
+        for count in (2, 5, BATCHED_BLOCKS):
+            many = torch.bmm(wide.repeat(count, 1, 1), blocks.repeat(count, 1, 1)).view(count, *few.shape)
+            few = few.where((many == few).all(), torch.nan)
+        return few.view(kv_heads, len(rows), -1).transpose(0, 1).flatten(1)
+
     def scores(rows: torch.Tensor) -> torch.Tensor:
-        queries = rows.reshape(1, -1, width).repeat(kv_heads, 1, 1)
-        return torch.bmm(queries, keys.transpose(1, 2)).view(kv_heads, len(rows), -1).transpose(0, 1).flatten(1)
+        return batched(rows, keys.transpose(1, 2))
 
     def weighted(rows: torch.Tensor) -> torch.Tensor:
-        weights = rows.reshape(1, -1, BLOCK).repeat(kv_heads, 1, 1)
-        total = torch.zeros(kv_heads, weights.shape[1], width).baddbmm_(weights, values)
-        return total.view(kv_heads, len(rows), -1).transpose(0, 1).flatten(1)
+        return batched(rows, values)
 
     return [(scores, query.repeat(group)), (weighted, weight.repeat(group))]

@@ -15,6 +15,7 @@ from tiny_models import FAMILY_CONFIGS, Chain, prefill_runs, tiny_source
 
 from backends.models.attention import attend, plan_tiles
 from backends.models.exact import (
+    BLOCK,
     LARGEST_TILE,
     Tiling,
     cancelling_pair,
@@ -190,20 +191,25 @@ def test_all_layers_of_smollm2_over_three_stages_are_exact(smollm2: ModelSource,
     assert torch.equal(alone, micro_batches(stages, tokens[:125], tokens[125:], [5, 8], 2, 3))
 
 
+def in_blocks(cells: torch.Tensor) -> torch.Tensor:
+    """``[kv_heads, cells, head_dim]`` as a layer's cache holds them."""
+    return cells.unflatten(1, (-1, BLOCK)).transpose(0, 1).contiguous()
+
+
 def test_attention_ignores_what_a_row_does_not_see() -> None:
     generator = torch.Generator().manual_seed(0)
     table = CellTable(200, 2)
     table.allocate(range(70), [0b11] * 70)
     run = Run(1, 0, RunKind.SPECULATIVE, (1,) * 4, (70, 71, 70, 71), (1, 1, 2, 2))
     cells = table.admit(run)
-    keys, values = torch.randn(2, 2, 200, 16, generator=generator)
+    keys, values = torch.randn(2, 2, 256, 16, generator=generator)
     queries = torch.randn(4, 2, 2, 16, generator=generator)
-    tile = plan_tiles(table, run, 0, 4, 4, [0])[0]
-    before = attend(queries, keys, values, tile)
+    tile = plan_tiles(table, run, 0, 4, 4, [0], 2)[0]
+    before = attend(queries, in_blocks(keys), in_blocks(values), tile)
     hidden_from_first_two = [*cells[2:], *range(74, 200)]
     keys[:, hidden_from_first_two] *= -3
     values[:, hidden_from_first_two] += 100
-    after = attend(queries, keys, values, tile)
+    after = attend(queries, in_blocks(keys), in_blocks(values), tile)
     assert torch.equal(before[:2], after[:2])
     assert not torch.equal(before[2:], after[2:])
 
@@ -213,9 +219,10 @@ def test_attention_equals_softmax_over_the_visible_cells() -> None:
     table = CellTable(300, 1)
     run = Run(1, 0, RunKind.PREFILL, (1,) * 150, tuple(range(150)), (1,) * 150)
     cells = table.admit(run)
-    keys, values = torch.randn(2, 3, 300, 8, generator=generator)
+    keys, values = torch.randn(2, 3, 320, 8, generator=generator)
     queries = torch.randn(150, 3, 2, 8, generator=generator)
-    got = attend(queries, keys, values, plan_tiles(table, run, 0, 150, 150, [0])[0]).view(150, 3, 2, 8)
+    tile = plan_tiles(table, run, 0, 150, 150, [0], 3)[0]
+    got = attend(queries, in_blocks(keys), in_blocks(values), tile).view(150, 3, 2, 8)
     expected = torch.nn.functional.scaled_dot_product_attention(
         queries.permute(1, 2, 0, 3), keys[:, None, cells], values[:, None, cells], is_causal=True, scale=1.0
     ).permute(2, 0, 1, 3)
@@ -246,10 +253,10 @@ def test_a_window_hides_what_lies_behind_it_and_nothing_else(window: int) -> Non
     run = Run(1, 0, RunKind.SPECULATIVE, (1,) * 5, (200, 201, 202, 200, 201), (1, 1, 1, 2, 2))
     branches = [[*range(200), *cells] for cells in ((200, 201, 202), (203, 204))]
     assert table.admit(run) == [200, 201, 202, 203, 204]
-    keys, values = torch.randn(2, 2, 300, 8, generator=generator)
+    keys, values = torch.randn(2, 2, 320, 8, generator=generator)
     queries = torch.randn(5, 2, 3, 8, generator=generator)
-    tile = plan_tiles(table, run, 0, 5, 8, [window, 0])[window]
-    got = attend(torch.cat((queries, queries[:3])), keys, values, tile).view(8, 2, 3, 8)
+    tile = plan_tiles(table, run, 0, 5, 8, [window, 0], 2)[window]
+    got = attend(torch.cat((queries, queries[:3])), in_blocks(keys), in_blocks(values), tile).view(8, 2, 3, 8)
     assert got.isfinite().all()
     for row, (position, sequences) in enumerate(zip(run.positions, run.sequences, strict=True)):
         cells = branches[sequences - 1][max(0, position + 1 - window) : position + 1]
@@ -263,8 +270,8 @@ def test_far_blocks_cost_nothing_behind_a_window() -> None:
     table.allocate(range(700), [1] * 700)
     run = Run(1, 0, RunKind.CANONICAL, (1,), (700,), (1,))
     table.admit(run)
-    tiles = plan_tiles(table, run, 0, 1, 4, [0, 64, 130])
-    assert {window: len(tile.units) for window, tile in tiles.items()} == {0: 11, 64: 2, 130: 3}
+    tiles = plan_tiles(table, run, 0, 1, 4, [0, 64, 130], 2)
+    assert {window: tile.units for window, tile in tiles.items()} == {0: 11, 64: 2, 130: 3}
 
 
 @given(rows=st.integers(1, 40), sizes=st.sets(st.integers(1, 8), min_size=1))
