@@ -265,6 +265,8 @@ The aim is a ratio of {AIM}: {reached} of {len(RATES)} scenarios reach it.
 
 {fill(WHERE_IT_GOES.strip())}
 
+{fill(WHAT_WAS_TRIED.strip())}
+
 ## A sweep
 
 {fill(paragraphs[2])}
@@ -297,7 +299,8 @@ Where the rest goes: an event of the list costs about what it costs in bare SimP
 price. On top come the stages, links and latencies that each event moves, and the scheduler. It is the very object
 that drives real pipelines, and works on each run and draft, not on each event: its share is largest where few stages
 see many small runs.
-
+"""
+WHAT_WAS_TRIED = """
 Tried and left: compiled by mypyc as they stand, the scheduler and the hot modules of the simulation took 19.1 ms where
 CPython takes 27.9 (scenarios/ablation.yaml with 8 partitions, the fastest of 25 each, 2026-11-23). That is not worth
 a compiler on every user's machine, and would not reach the aim either.
