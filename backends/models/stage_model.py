@@ -10,6 +10,7 @@ import torch.nn.functional as F  # noqa: N812
 
 from backends.models.decoder import KvCache, plan_run, read_layer, read_weight, run_layers
 from backends.models.exact import choose_tiling, pad_rows, tiled_linear
+from backends.models.huge_pages import use_huge_pages
 from backends.models.loading import ModelSource
 from backends.models.products import Matrix, lay_out
 from backends.models.rowwise import rms_norm
@@ -17,6 +18,8 @@ from backends.sampling import History, Sampling
 from pipesim.errors import BadInputError, InvariantError
 from pipesim.scheduling.cells import CellTable
 from pipesim.scheduling.runs import Run
+
+_WORTH_HUGE_PAGES = 64e6  # bytes of weights; fewer stay in a cache
 
 
 def _never() -> bool:
@@ -91,6 +94,8 @@ class StageModel:
             self._norm = read_weight(source, "model.norm.weight", (config.hidden,), torch.float32)
             head = embedding if config.tied else read_weight(source, "lm_head.weight", table, dtype)
             self._head = lay_out(head, self.tiling.kernel)
+        if self.parameters * dtype.itemsize >= _WORTH_HUGE_PAGES:
+            use_huge_pages()
         self._sessions: dict[int, Session] = {}
 
     @property

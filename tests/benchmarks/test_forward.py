@@ -3,6 +3,10 @@
 ``--runslow`` measures at full size; ``python -m analysis.forward_speed`` writes the figures down.
 """
 
+import platform
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -11,7 +15,12 @@ from backends.models.exact import choose_tiling
 from backends.models.finding import DEFAULT_MODEL
 from backends.models.loading import ModelSource, open_model
 from backends.models.products import Kernel, available_kernels
+from backends.models.stage_model import StageModel
 from pipesim.errors import BadInputError
+
+
+def _linux() -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", platform.release())[:2])
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +45,18 @@ def test_prepacked_weights_are_used_where_there_are_any(source: ModelSource, dty
     tiling = choose_tiling(source.config, dtype)
     assert len(tiling.sizes) > 1
     assert tiling.kernel in available_kernels(dtype)
+
+
+@pytest.mark.model
+def test_the_weights_lie_in_huge_pages(source: ModelSource) -> None:
+    """On Linux 6.1 and later, unless they are switched off."""
+    enabled, rollup = Path("/sys/kernel/mm/transparent_hugepage/enabled"), Path("/proc/self/smaps_rollup")
+    if not enabled.exists() or "[never]" in enabled.read_text() or _linux() < (6, 1):
+        pytest.skip("SKIPPED: this machine has no huge pages to ask for")
+    model = StageModel(source, 0, source.config.layers, torch.bfloat16)
+    held = re.search(r"AnonHugePages: +(\d+) kB", rollup.read_text())
+    assert held is not None
+    assert int(held[1]) * 1024 > model.parameters  # half of what they take
 
 
 @pytest.mark.slow
