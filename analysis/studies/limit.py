@@ -116,9 +116,9 @@ def time_shares(axes: Axes, groups: Sequence[tuple[str, Table]]) -> None:
                 axes.bar(at + shift, share, 0.36, bottom=bottom, color=_PARTS[part], label=label)
                 bottom += share
     axes.set_xticks(range(len(groups)), [name for name, _ in groups])
-    axes.set_ylim(0, 130)
+    axes.set_ylim(0, 140)
     axes.grid(False, axis="x")
-    axes.legend(loc="upper center", ncols=len(shown))
+    axes.legend(loc="upper center", ncols=2)
 
 
 def _share(table: Table, part: str, policy: str) -> float:
@@ -148,6 +148,11 @@ def chain_limit(slope: float, rate: float) -> float:
     """
     best = max((1 - rate ** (k + 1)) / (1 + slope * k) for k in range(1000))
     return 1 / best
+
+
+def slower(tables: Mapping[tuple[Line, int], Table]) -> list[tuple[Line, int]]:
+    """Where tuned synchronous speculation is the faster one beyond chance."""
+    return [where for where, table in tables.items() if table.ratio("pipelined", "synchronous").high < 1]
 
 
 def largest(tables: Mapping[tuple[Line, int], Table]) -> tuple[tuple[Line, int], Interval]:
