@@ -10,7 +10,7 @@ import torch.nn.functional as F  # noqa: N812
 
 from backends.models.decoder import KvCache, plan_run, read_layer, read_weight, run_layers
 from backends.models.exact import choose_tiling, pad_rows, tiled_linear
-from backends.models.huge_pages import use_huge_pages
+from backends.models.huge_pages import mapped, use_huge_pages
 from backends.models.loading import ModelSource
 from backends.models.products import Matrix, lay_out
 from backends.models.rowwise import rms_norm
@@ -83,6 +83,7 @@ class StageModel:
         self.is_first = first_layer == 0
         self.is_last = last_layer == config.layers
         self.tiling = choose_tiling(config, dtype)
+        shared = mapped()
         self._layers = [read_layer(source, index, dtype, self.tiling.kernel) for index in kept]
         table = (config.vocabulary, config.hidden)
         self._embedding = self._norm = None
@@ -95,7 +96,7 @@ class StageModel:
             head = embedding if config.tied else read_weight(source, "lm_head.weight", table, dtype)
             self._head = lay_out(head, self.tiling.kernel)
         if self.parameters * dtype.itemsize >= _WORTH_HUGE_PAGES:
-            use_huge_pages()
+            use_huge_pages(besides=shared)
         self._sessions: dict[int, Session] = {}
 
     @property
