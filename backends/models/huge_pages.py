@@ -30,11 +30,10 @@ def use_huge_pages(besides: Sequence[Range] = ()) -> None:
     What was ``mapped`` before, ``besides``, stays as it is: a forked process shares it with others. It is advice: no
     content changes, and what the kernel declines stays as it is.
     """
-    madvise = getattr(ctypes.CDLL(None), "madvise", None)
     for start, stop in _without(mapped(), besides):
         start, stop = -(-start // _PAGE) * _PAGE, stop // _PAGE * _PAGE
-        for advice in (_MADV_HUGEPAGE, _MADV_COLLAPSE) if madvise and stop > start else ():
-            madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), advice)
+        for advice in (_MADV_HUGEPAGE, _MADV_COLLAPSE) if start < stop else ():
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), advice)
 
 
 def _without(ranges: Sequence[Range], others: Sequence[Range]) -> Iterator[Range]:
