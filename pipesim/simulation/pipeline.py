@@ -47,7 +47,7 @@ def simulate(scenario: Scenario, events: TextIO | None = None, truth: Truth | No
 def evaluate(scenario: Scenario) -> Metrics:
     """What ``compute_metrics(simulate(scenario))`` gives, without a trace in between.
 
-    Memory stays flat but for the text itself and some 100 bytes per token: exact percentiles, the KV cells.
+    Memory grows by some 200 bytes per token: the text itself, the KV cells, one number for exact percentiles.
 
     Raises: as ``simulate``.
     """
