@@ -28,6 +28,7 @@ from backends.models.huge_pages import use_huge_pages
 from backends.models.loading import ModelSource, open_model
 from backends.models.products import Kernel, available_kernels
 from backends.models.stage_model import StageModel
+from backends.models.torch_engine import TorchEngine
 from backends.sampling import Sampling
 from pipesim.cli.common import check_outputs, diagnostic
 from pipesim.scheduling.runs import END, Run, RunKind, SequenceRemove
@@ -65,11 +66,13 @@ def ours(source: ModelSource, dtype: torch.dtype, kernel: Kernel | None = None) 
 @contextmanager
 def without_exactness(model: StageModel) -> Iterator[None]:
     """Rows are not padded, and attention is PyTorch's: for timing, it sees a plain copy of the cache made but once."""
-    tiling = model.tiling
-    model.tiling = Tiling(tuple(range(1, max(ROWS) + 1)), tiling.kernel)
+    engine = model.engine
+    assert isinstance(engine, TorchEngine)
+    tiling = engine.tiling
+    engine.tiling = Tiling(tuple(range(1, max(ROWS) + 1)), tiling.kernel)
     with mock.patch.object(decoder, "attend", _sdpa):
         yield
-    model.tiling = tiling
+    engine.tiling = tiling
 
 
 def _sdpa(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tile: AttentionTile) -> torch.Tensor:
@@ -126,13 +129,15 @@ def transformers_forward(source: ModelSource, dtype: torch.dtype) -> Forward:
 
 def products_alone(model: StageModel) -> Forward:
     """The matrix products of the forward pass in its tiles, and nothing else."""
-    matrices = [m for layer in model._layers for m in (layer.qkv, layer.output, layer.gate_up, layer.down)]
-    matrices += [model._head] if model._head else []
+    engine = model.engine
+    assert isinstance(engine, TorchEngine)
+    matrices = [m for layer in engine.layers for m in (layer.qkv, layer.output, layer.gate_up, layer.down)]
+    matrices += [engine.head] if engine.head else []
     inputs = {matrix.shape[1]: torch.randn(max(ROWS), matrix.shape[1]).to(matrix.dtype) for matrix in matrices}
 
     @torch.inference_mode()
     def forward(rows: int) -> None:
-        _, bounds = model.tiling.split(rows)
+        _, bounds = engine.tiling.split(rows)
         for matrix in matrices:
             for start, stop in bounds:
                 matrix.product(inputs[matrix.shape[1]][start:stop])
@@ -197,7 +202,8 @@ def measure(source: ModelSource, dtype: str, rows: Sequence[int] = ROWS, rounds:
     forwards[EAGER] = transformers_forward(source, DTYPES[dtype])
     forwards[FLOOR] = reading(model.parameters, DTYPES[dtype])
     use_huge_pages()  # for all alike
-    return Measured(dtype, model.tiling, take_turns(forwards, rows, rounds))
+    assert isinstance(model.engine, TorchEngine)
+    return Measured(dtype, model.engine.tiling, take_turns(forwards, rows, rounds))
 
 
 def page(found: Sequence[Measured]) -> str:

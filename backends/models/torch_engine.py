@@ -1,0 +1,91 @@
+"""The engine made of PyTorch's own operations, exact by row tiles (see ``exact.py``)."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from backends.models.decoder import KvCache, plan_run, read_layer, read_weight, run_layers
+from backends.models.engine import Part
+from backends.models.exact import choose_tiling, pad_rows, tiled_linear
+from backends.models.huge_pages import mapped, use_huge_pages
+from backends.models.loading import ModelSource
+from backends.models.products import Matrix, lay_out
+from backends.models.rowwise import rms_norm
+from pipesim.errors import InvariantError
+from pipesim.scheduling.cells import CellTable
+from pipesim.scheduling.runs import Run
+
+_WORTH_HUGE_PAGES = 64e6  # bytes of weights; fewer stay in a cache
+
+
+class TorchEngine:
+    """Implements ``Engine``. ``tiling`` reports which row tiles the start-up check found to be exact here.
+
+    ``dtype`` is the type of the matrices; norms, attention and hidden states stay float32.
+    """
+
+    hidden_dtype = torch.float32
+
+    def __init__(self, source: ModelSource, part: Part, dtype: torch.dtype) -> None:
+        config = part.config
+        self.tiling = choose_tiling(config, dtype)
+        self._part, self._config, self._dtype = part, config, dtype
+        shared = mapped()
+        self.layers = [read_layer(source, index, dtype, self.tiling.kernel) for index in part.kept]
+        table = (config.vocabulary, config.hidden)
+        self._embedding = self._norm = None
+        self.head: Matrix | None = None
+        if part.is_first or (part.is_last and config.tied):
+            embedding = read_weight(source, "model.embed_tokens.weight", table, dtype)
+            self._embedding = embedding if part.is_first else None
+        if part.is_last:
+            self._norm = read_weight(source, "model.norm.weight", (config.hidden,), torch.float32)
+            head = embedding if config.tied else read_weight(source, "lm_head.weight", table, dtype)
+            self.head = lay_out(head, self.tiling.kernel)
+        if self.parameters * dtype.itemsize >= _WORTH_HUGE_PAGES:
+            use_huge_pages(besides=shared)
+
+    @property
+    def arithmetic(self) -> str:
+        """As in ``Engine``."""
+        return f"torch {torch.__version__}, {self._dtype}, {self.tiling}".replace("torch.", "")
+
+    @property
+    def parameters(self) -> int:
+        """As in ``Engine``."""
+        embedding = None if self._config.tied and self.head is not None else self._embedding
+        others = (embedding, self._norm, self.head)
+        return sum(layer.parameters for layer in self.layers) + sum(one.numel() for one in others if one is not None)
+
+    def open_cache(self, cells: int) -> KvCache:
+        """As in ``Engine``."""
+        return KvCache(self._config, [layer.kind for layer in self.layers], cells)
+
+    @torch.inference_mode()
+    def hidden_states(
+        self,
+        run: Run,
+        hidden: torch.Tensor | None,
+        cells: Sequence[int],
+        table: CellTable,
+        cache: KvCache,
+        should_stop: Callable[[], bool],
+    ) -> torch.Tensor | None:
+        """As in ``Engine``."""
+        plan = plan_run(run, cells, table, cache, self.tiling)
+        if self._embedding is not None:
+            hidden = F.embedding(torch.tensor(run.tokens), self._embedding).float() * self._config.embedding_scale
+        if hidden is None:
+            raise InvariantError("a stage without the embedding was given no hidden states")
+        states = run_layers(pad_rows(hidden, plan.padded), self.layers, self._config, plan, cache, should_stop)
+        return None if states is None else states[: run.rows]
+
+    @torch.inference_mode()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """As in ``Engine``."""
+        if self.head is None or self._norm is None:
+            raise InvariantError("logits were asked of a stage without the LM head")
+        padded, bounds = self.tiling.split(len(hidden))
+        normed = rms_norm(pad_rows(hidden, padded), self._norm, self._config.norm_eps)
+        return tiled_linear(normed, self.head, bounds)[: len(hidden)]
