@@ -52,6 +52,15 @@ class Connect(msgspec.Struct, frozen=True, tag="connect", forbid_unknown_fields=
     successor: str | None
 
 
+class Reset(msgspec.Struct, frozen=True, tag="reset", forbid_unknown_fields=True):
+    """Head -> stage, after another one was lost: keep your layers, forget all sessions, links and frames.
+
+    From now on only senders with the new ``token`` are ours. Answered by ``Ready``, and followed by ``Connect``.
+    """
+
+    token: _Token
+
+
 class Cancel(msgspec.Struct, frozen=True, tag="cancel", forbid_unknown_fields=True):
     """Head -> stage: these runs are dead."""
 
@@ -67,7 +76,7 @@ class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat", forbid_unknown_fie
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready", forbid_unknown_fields=True):
-    """Node -> head: the configured part is loaded."""
+    """Node -> head: the configured part is loaded, or nothing is left of what was to be forgotten."""
 
 
 class Connected(msgspec.Struct, frozen=True, tag="connected", forbid_unknown_fields=True):
@@ -151,7 +160,7 @@ class DraftReply(msgspec.Struct, frozen=True, tag="draft", forbid_unknown_fields
     end: float
 
 
-ToNode = ConfigureStage | ConfigureDrafter | Connect | Cancel | Heartbeat
+ToNode = ConfigureStage | ConfigureDrafter | Connect | Reset | Cancel | Heartbeat
 FromNode = Ready | Connected | Beat | Failed | LinkLost
 ToDrafter = StartText | ExtendText | DraftOrder | TraceText
 FromDrafter = DraftReply | TraceReply

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from backends.cluster import DRAFTERS, ClusterPlan, DrafterPart, running_pipeline, stage_parts
+from backends.chaos import check_faults, faults_under_way
+from backends.cluster import DRAFTERS, ClusterPlan, DrafterPart, Recovery, running_pipeline, stage_parts
 from backends.control import Planted
 from backends.head import Head
 from backends.models.config import ModelConfig
@@ -70,6 +71,8 @@ class _Job:
             dtype=execution.dtype,
             threads=execution.threads_per_stage,
             startup_timeout_s=execution.startup_timeout_s,
+            recovery=Recovery(execution.recovery.attempts, execution.recovery.timeout_s),
+            spares=execution.spares,
         )
 
     def stream(self) -> TextStream:
@@ -158,6 +161,7 @@ def _prepare(scenario: Scenario) -> _Job:
         raise BadInputError(
             f"model.activation_bytes = {scenario.model.activation_bytes}: real stages exchange float32, 4 bytes"
         )
+    check_faults(scenario.faults, scenario.execution.hosts or [None] * len(scenario.stages()))
     if workload.prompt is None:
         raise BadInputError("workload.prompt: a real run needs the prompt's text")
     if scenario.execution.drafter == "planted" and not isinstance(
@@ -247,7 +251,8 @@ async def _stream(
         show(piece)
         return stream.ended
 
-    await Head(pipeline, recorder, on_tokens).generate(job.started, job.sampling, planted)
+    async with faults_under_way(job.scenario.faults, pipeline):
+        await Head(pipeline, recorder, on_tokens).generate(job.started, job.sampling, planted)
     if rest := stream.finish():
         show(rest)
     return RealResult("".join(pieces), recorder.trace())

@@ -2,13 +2,15 @@
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 
 from backends.control import DraftOrder, DraftReply, ExtendText, Planted, StartText, TraceReply
 from backends.frames import Frame, OpenFrame, ReleaseFrame, ResultFrame, RunFrame, Session
-from backends.pipeline import Pipeline
+from backends.node import Node
+from backends.pipeline import DrafterBack, Pipeline
 from backends.sampling import Sampling
-from pipesim.errors import InvariantError, PipesimError
+from pipesim.errors import InvariantError, PipesimError, StageFailedError
 from pipesim.recorder import Recorder
 from pipesim.scheduling.commands import (
     CancelRuns,
@@ -18,9 +20,19 @@ from pipesim.scheduling.commands import (
     RequestDraft,
     SubmitRun,
 )
-from pipesim.scheduling.events import DraftReturned, Event, GenerationStarted, RunReturned, StopStringMet
+from pipesim.scheduling.events import (
+    DraftReturned,
+    Event,
+    GenerationStarted,
+    PipelineRestored,
+    RunReturned,
+    StageLost,
+    StopStringMet,
+)
+from pipesim.scheduling.tree import DraftTree
 
 _log = logging.getLogger(__name__)
+_NO_DRAFT = DraftTree()
 
 
 class Head:
@@ -36,42 +48,58 @@ class Head:
         self._pipeline = pipeline
         self._recorder = recorder
         self._on_tokens = on_tokens
-        self._drafter = pipeline.drafter if recorder.scheduler.policy.limits.nodes else None
-        self._session: Session = pipeline.new_session()
+        self._drafts = pipeline.drafter is not None and recorder.scheduler.policy.limits.nodes > 0
+        self._drafter: Node | None = None  # the one that knows our text
+        self._session: Session
+        self._sampling = Sampling()
+        self._planted: Planted | None = None
         self._names = ["head", *(f"stage {index}" for index in range(len(pipeline.stages))), "head"]
+        self._due: deque[Event] = deque()  # what happened to us without the inbox
+        self._attempts = 0  # restorations since the last token
+        self._drafter_attempts = 0  # new drafters since the last draft
         self._released = False
         self._stopped_after: int | None = None
-        self._stopped = False
 
     async def generate(self, started: GenerationStarted, sampling: Sampling, planted: Planted | None = None) -> None:
         """Returns when the user has all tokens, all runs are home, and the stages have forgotten the session.
 
-        ``planted`` is what a planted drafter needs to know. The clock is ``time.monotonic()``.
+        ``planted`` is what a planted drafter needs to know. The clock is ``time.monotonic()``. A lost stage is replaced
+        and the text prefilled; a lost drafter is replaced meanwhile, or done without.
 
         Raises:
             BadInputError: the generation cannot be started as asked.
-            StageFailedError: a stage or the drafter died, hung or failed; the pipeline is of no use any more.
+            StageFailedError: a stage or the drafter was lost, and cannot be replaced; the pipeline is of no use any
+                more.
         """
-        recorder, scheduler = self._recorder, self._recorder.scheduler
-        commands = recorder.handle(started, time.monotonic())
-        opening = OpenFrame(self._session, scheduler.kv_cells, scheduler.sequences, sampling)
-        self._sent(0, self._pipeline.send(opening))
-        if self._drafter:
-            self._order(StartText(self._session.number, started.prompt, sampling, planted))
+        pipeline, scheduler = self._pipeline, self._recorder.scheduler
+        self._sampling, self._planted = sampling, planted
+        if pipeline.failure:  # it broke after the last generation had all its tokens
+            await self._restore(pipeline.failure)
+        self._session = pipeline.new_session()
+        commands = self._recorder.handle(started, time.monotonic())
+        self._open()
+        self._tell_drafter()
         self._carry_out(commands)
         while not self._released:
-            news = await self._pipeline.inbox.get()
-            if isinstance(news, PipesimError):
-                raise news
-            what, size = news
-            if isinstance(what, TraceReply):
-                raise InvariantError("the drafter answered a trace request of an earlier session")
-            event = self._note_draft(what, size) if isinstance(what, DraftReply) else self._note_frame(what, size)
-            if event:
-                self._carry_out(recorder.handle(event, time.monotonic()))
-            if self._stopped_after is not None and not self._stopped:
-                self._stopped = True
-                self._carry_out(recorder.handle(StopStringMet(self._stopped_after), time.monotonic()))
+            event = self._due.popleft() if self._due else await self._next_event()
+            if event is not None:
+                self._carry_out(self._recorder.handle(event, time.monotonic()))
+            if isinstance(event, StageLost):
+                self._released = scheduler.released  # stages that are reset forget the session by themselves
+                if not self._released:
+                    await self._recover()
+
+    async def _next_event(self) -> Event | None:
+        news = await self._pipeline.inbox.get()
+        if isinstance(news, PipesimError):
+            return self._note_loss(news)
+        what, size = news
+        if isinstance(what, DrafterBack):
+            self._tell_drafter()
+            return None
+        if isinstance(what, TraceReply):
+            raise InvariantError("the drafter answered a trace request of an earlier session")
+        return self._note_draft(what, size) if isinstance(what, DraftReply) else self._note_frame(what, size)
 
     # -- commands ------------------------------------------------------------------------------------------------------
 
@@ -89,22 +117,88 @@ class Head:
                     for stage in self._names[1:-1]:
                         self._recorder.link_sent(f"head to {stage} (control)", size)
                 case EmitTokens(_, tokens):
-                    self._stopped_after = self._on_tokens(tokens)
-                    if self._drafter:
+                    self._attempts = 0
+                    self._stop_after(self._on_tokens(tokens))
+                    if self._drafts:
                         self._order(ExtendText(tokens))
                 case ReleaseSession():
                     self._sent(0, self._pipeline.send(ReleaseFrame(self._session)))
 
+    def _open(self) -> None:
+        scheduler = self._recorder.scheduler
+        opening = OpenFrame(self._session, scheduler.kv_cells, scheduler.sequences, self._sampling)
+        self._sent(0, self._pipeline.send(opening))
+
+    def _stop_after(self, tokens: int | None) -> None:
+        if tokens is not None and self._stopped_after is None:
+            self._stopped_after = tokens
+            self._due.append(StopStringMet(tokens))
+
+    def _tell_drafter(self) -> None:
+        """Tells a drafter that does not know it yet the text so far."""
+        drafter = self._pipeline.drafter
+        if self._drafts and drafter and drafter is not self._drafter and drafter.watched:
+            self._drafter = drafter
+            text = tuple(self._recorder.scheduler.generation.text)
+            self._order(StartText(self._session.number, text, self._sampling, self._planted))
+
     def _order(self, message: StartText | ExtendText | DraftOrder) -> None:
-        if not self._drafter:
+        if not self._drafts:
             raise InvariantError("the policy asks for drafts, but the pipeline was started without a drafter")
-        self._recorder.link_sent("head to drafter", self._pipeline.order(message))
+        if self._drafter and not self._drafter.failure:
+            self._recorder.link_sent("head to drafter", self._pipeline.order(message))
+        elif isinstance(message, DraftOrder):
+            self._due.append(DraftReturned(message.request.request_id, _NO_DRAFT))
+
+    # -- losses --------------------------------------------------------------------------------------------------------
+
+    def _note_loss(self, error: PipesimError) -> Event | None:
+        """What the loss that the pipeline tells of means, if it is not known and repaired already."""
+        pipeline = self._pipeline
+        if error is pipeline.failure:
+            return StageLost(pipeline.broken_at, str(error))
+        if not pipeline.drafter or error is not pipeline.drafter.failure:
+            return None
+        if not pipeline.attempts:
+            raise error
+        if self._drafter_attempts < pipeline.attempts:
+            self._drafter_attempts += 1
+            _log.warning("%s; another one is started, without drafts until then", error)
+            pipeline.replace_drafter()
+        else:
+            _log.warning("%s; no more drafts: the text goes on without speculation", error)
+        waiting = self._recorder.scheduler.generation.draft_id
+        return None if waiting is None else DraftReturned(waiting, _NO_DRAFT)
+
+    async def _recover(self) -> None:
+        """Goes on with the same text on a pipeline that forgot everything."""
+        pipeline, scheduler = self._pipeline, self._recorder.scheduler
+        assert pipeline.failure
+        await self._restore(pipeline.failure)
+        self._session = pipeline.renewed(self._session, scheduler.generation.epoch + 1)
+        self._open()
+        self._due.append(PipelineRestored())
+
+    async def _restore(self, error: PipesimError) -> None:
+        """Repairs the pipeline. Raises what broke it, once that was tried often enough, or if it is no use."""
+        pipeline = self._pipeline
+        while isinstance(error, StageFailedError) and self._attempts < pipeline.attempts:
+            self._attempts += 1
+            _log.warning("%s; restoring the pipeline, attempt %d of %d", error, self._attempts, pipeline.attempts)
+            try:
+                await pipeline.restore()
+                return
+            except StageFailedError as again:
+                error = again
+        raise error
 
     # -- events --------------------------------------------------------------------------------------------------------
 
     def _note_draft(self, reply: DraftReply, size: int) -> Event | None:
         if reply.session != self._session.number or not self._drafter:
             return None  # a straggler of the last generation
+        if reply.tree is not None:
+            self._drafter_attempts = 0
         offset = self._drafter.clock_offset
         tokens = len(reply.tree.tokens) if reply.tree else 0
         self._recorder.link_sent("drafter to head", size)
@@ -112,6 +206,8 @@ class Head:
         return DraftReturned(reply.request_id, reply.tree) if reply.tree is not None else None
 
     def _note_frame(self, frame: Frame, size: int) -> Event | None:
+        if frame.session.token != self._session.token:
+            return None  # it was on its way when the pipeline broke
         if frame.session != self._session:
             raise InvariantError(f"a frame of session {frame.session.number} came home in {self._session.number}")
         self._sent(len(self._names) - 2, size)

@@ -23,6 +23,7 @@ from backends.control import (
     Heartbeat,
     LinkLost,
     Ready,
+    Reset,
     ToNode,
 )
 from backends.frames import Frame, FrameError, encode
@@ -94,19 +95,32 @@ class Lease:
         self.to_head.put_nowait(None)
 
 
-class StageLease(Lease):
-    """A stage of a pipeline. ``outgoing`` holds encoded frames for the successor or, on the last stage, the head.
+class Passage:
+    """One epoch's way through a stage. A later epoch has its own: what is still on the way here gets no further.
 
-    A None in ``outgoing`` ends the stream.
+    ``outgoing`` holds encoded frames for the successor or, on the last stage, the head; a None in it ends the stream.
     """
+
+    def __init__(self) -> None:
+        self.outgoing: asyncio.Queue[bytes | None] = asyncio.Queue()
+        self.has_predecessor = False
+        self.link: asyncio.Task[None] | None = None
+
+    def close(self) -> None:
+        """Hangs up."""
+        if self.link:
+            self.link.cancel()
+        self.outgoing.put_nowait(None)
+
+
+class StageLease(Lease):
+    """A stage of a pipeline; ``passage`` is the way of its frames at present."""
 
     def __init__(self, order: ConfigureStage, compute: ComputeThread, load: LoadLayers) -> None:
         super().__init__(order.token, compute)
-        self.outgoing: asyncio.Queue[bytes | None] = asyncio.Queue()
-        self.has_predecessor = False
+        self.passage = Passage()
         self._stage = order.stage
         self._worker: StageWorker | None = None
-        self._link: asyncio.Task[None] | None = None
         compute.submit(lambda: self._load(order, load), self.fail)
 
     @property
@@ -131,34 +145,50 @@ class StageLease(Lease):
         match message:
             case Cancel(session, epoch, run_ids) if self._worker:
                 self._worker.cancel(session, epoch, run_ids)
-            case Connect(successor) if self._worker and not self._link:
-                self._link = asyncio.create_task(self._serve_link(successor))
+            case Connect(successor) if self._worker and not self.passage.link:
+                self.passage.link = asyncio.create_task(self._serve_link(self.passage, successor))
+            case Reset(token) if self._worker:
+                self._reset(self._worker, token)
             case _:
                 super().handle(message)
 
+    def _reset(self, worker: "StageWorker", token: bytes) -> None:
+        """Stops what the compute thread does for the epoch that broke, and serves ``token`` from then on."""
+        self._token = token
+        self.passage.close()
+        self.passage = Passage()
+        worker.abandon()
+
+        def forget() -> None:
+            worker.close()
+            self.tell(Ready())
+
+        self.compute.submit(forget, self.fail)
+
     def receive(self, frame: Frame, received_bytes: int) -> None:
         """Queues one frame from the predecessor."""
-        self.compute.submit(lambda: self._compute(frame, received_bytes), self.fail)
+        passage = self.passage
+        self.compute.submit(lambda: self._compute(passage, frame, received_bytes), self.fail)
 
-    def _compute(self, frame: Frame, received_bytes: int) -> None:
-        if self.failed or self.closed:
+    def _compute(self, passage: Passage, frame: Frame, received_bytes: int) -> None:
+        if self.failed or self.closed or passage is not self.passage:
             return
         if self._worker is None:
             raise FrameError(f"stage {self._stage} got a frame before it was ready")
-        self.from_thread(self.outgoing.put_nowait, encode(self._worker.handle(frame, received_bytes)))
+        self.from_thread(passage.outgoing.put_nowait, encode(self._worker.handle(frame, received_bytes)))
 
-    def link_lost(self, neighbour: int, reason: str) -> None:
+    def link_lost(self, passage: Passage, neighbour: int, reason: str) -> None:
         """A data stream broke; the head finds out whose fault it is."""
-        if not self.closed:
+        if not self.closed and passage is self.passage:
             _log.info("stage %d: the link with stage %d broke: %s", self._stage, neighbour, reason)
             self.tell(LinkLost(neighbour, reason))
 
-    def predecessor_left(self, reason: str) -> None:
+    def predecessor_left(self, passage: Passage, reason: str) -> None:
         """The stream that brought our frames ended."""
-        self.has_predecessor = False
-        self.link_lost(self._stage - 1, reason)
+        passage.has_predecessor = False
+        self.link_lost(passage, self._stage - 1, reason)
 
-    async def _serve_link(self, successor: str | None) -> None:
+    async def _serve_link(self, passage: Passage, successor: str | None) -> None:
         if successor is None:
             self.tell(Connected())
             return
@@ -168,19 +198,15 @@ class StageLease(Lease):
                 await asyncio.wait_for(call.wait_for_connection(), _CONNECT_S)
                 self.tell(Connected())
                 ended = asyncio.create_task(call.code())
-                sending = asyncio.create_task(self._send(call))
+                sending = asyncio.create_task(_send(passage, call))
                 await asyncio.wait((ended, sending), return_when=asyncio.FIRST_COMPLETED)
                 sending.cancel()
                 code = await call.code()
-                self.link_lost(self._stage + 1, f"{code.name}: {await call.details()}")
+                self.link_lost(passage, self._stage + 1, f"{code.name}: {await call.details()}")
             except TimeoutError:
-                self.link_lost(self._stage + 1, f"{successor} does not answer")
+                self.link_lost(passage, self._stage + 1, f"{successor} does not answer")
             except grpc.RpcError as error:
-                self.link_lost(self._stage + 1, describe_rpc_error(error))
-
-    async def _send(self, call: "grpc.aio.StreamStreamCall") -> None:
-        while (data := await self.outgoing.get()) is not None:
-            await call.write(data)
+                self.link_lost(passage, self._stage + 1, describe_rpc_error(error))
 
     def close(self) -> None:
         """The head has left: stop computing at the next layer, close the sessions, hang up."""
@@ -190,6 +216,9 @@ class StageLease(Lease):
         if self._worker:
             self._worker.abandon()
             self.compute.submit(self._worker.close, self.fail)
-        if self._link:
-            self._link.cancel()
-        self.outgoing.put_nowait(None)
+        self.passage.close()
+
+
+async def _send(passage: Passage, call: "grpc.aio.StreamStreamCall") -> None:
+    while (data := await passage.outgoing.get()) is not None:
+        await call.write(data)

@@ -15,9 +15,12 @@ from backends.control import (
     ConfigureDrafter,
     ConfigureStage,
     Connect,
+    Connected,
     Failed,
     Heartbeat,
     LinkLost,
+    Ready,
+    Reset,
     ToNode,
     pack,
     unpack,
@@ -33,6 +36,7 @@ MISSED_BEATS = 5
 """So many heartbeats in a row without an answer, and the node counts as hung (2.5 s)."""
 _CLOCK_SAMPLES = 8
 _CONNECT_S = 5.0
+_RESET_S = 10.0
 
 LinkLostHandler = Callable[["Node", int, str], None]
 
@@ -43,7 +47,8 @@ class Node:
     ``on_failure`` hears once when the node is dead, hung or says that it failed; ``on_link_lost`` when it lost a
     neighbour. ``name`` is for people: part, address, layers. ``clock_offset`` is the node's clock minus ours, in
     seconds, by the fastest heartbeat so far; ``last_run`` is the last run that it is known to have handled. ``process``
-    is None for a node that somebody else started; ``ready`` says that it has done all that it was asked for.
+    is None for a node that somebody else started; ``ready`` says that it has done all that it was asked for, and
+    ``watched`` that a missing heartbeat would be noticed.
     """
 
     def __init__(
@@ -62,12 +67,15 @@ class Node:
         self.failure: PipesimError | None = None
         self.process = process
         self.ready = False
+        self.watched = False
         self._on_failure, self._on_link_lost = on_failure, on_link_lost
         self._outbox: asyncio.Queue[bytes] = asyncio.Queue()
         self._call: grpc.aio.StreamStreamCall | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._reply: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._awaited: type[Ready | Connected] = Ready
         self._beats: dict[int, float] = {}  # unanswered heartbeat -> when it was sent
+        self._next_beat = 0
         self._best_round_trip = float("inf")
         self._beaten = asyncio.Event()
 
@@ -90,7 +98,7 @@ class Node:
             await self._give_up()
         self._call = self.channel.stream_stream(path(CONTROL))()
         self._tasks = [asyncio.create_task(self._write(self._call)), asyncio.create_task(self._read(self._call))]
-        await self._ask(order)
+        await self._ask(order, Ready)
 
     async def _give_up(self) -> None:
         if self.process:
@@ -101,12 +109,33 @@ class Node:
 
     async def connect(self, successor: str | None) -> None:
         """Makes a stage open its data stream to ``successor`` (None: it is the last)."""
-        await self._ask(Connect(successor))
+        await self._ask(Connect(successor), Connected)
 
-    async def _ask(self, message: ToNode) -> None:
+    async def reset(self, token: bytes) -> None:
+        """Makes a stage that has lost a neighbour forget everything but its layers; it serves ``token`` then.
+
+        What it says about lost links before this returns is about the links that it has forgotten.
+
+        Raises:
+            StageFailedError: it failed, or does not answer within ``_RESET_S``.
+        """
+        try:
+            await asyncio.wait_for(self._ask(Reset(token), Ready), _RESET_S)
+        except TimeoutError:
+            self.fail(f"did not let go of its links within {_RESET_S:g} s")
+            raise self.failure or StageFailedError(self.name) from None
+
+    def interrupt(self, error: PipesimError) -> None:
+        """Whoever waits for an answer of this node waits in vain: ``error`` happened, though not to the node."""
+        if not self._reply.done():
+            self._reply.set_exception(error)
+            self._reply.exception()  # nobody need be waiting
+
+    async def _ask(self, message: ToNode, awaited: type[Ready | Connected]) -> None:
         if self.failure:
             raise self.failure
         self.ready = False
+        self._awaited = awaited  # a late answer to an earlier question is of another type
         self._reply = asyncio.get_running_loop().create_future()
         self.send(message)
         await self._reply
@@ -119,29 +148,28 @@ class Node:
             PipesimError: it failed, or does not answer.
         """
         self.ready = False
-        for number in range(_CLOCK_SAMPLES):
+        for _ in range(_CLOCK_SAMPLES):
             if not self.failure:
                 self._beaten.clear()
-                self._beat(number)
+                self._beat()
                 try:
                     await asyncio.wait_for(self._beaten.wait(), HEARTBEAT_S * MISSED_BEATS)
                 except TimeoutError:
                     self.fail(f"does not answer heartbeats, for {HEARTBEAT_S * MISSED_BEATS} s: it hangs")
             if self.failure:
                 raise self.failure
-        self.ready = True
+        self.ready = self.watched = True
         self._tasks.append(asyncio.create_task(self._keep_beating()))
 
-    def _beat(self, number: int) -> None:
-        self._beats[number] = time.monotonic()
-        self.send(Heartbeat(number))
+    def _beat(self) -> None:
+        self._beats[self._next_beat] = time.monotonic()
+        self.send(Heartbeat(self._next_beat))
+        self._next_beat += 1
 
     async def _keep_beating(self) -> None:
         # Unanswered beats are counted, not timed: if we are suspended, nobody else is to blame.
-        number = _CLOCK_SAMPLES
         while len(self._beats) < MISSED_BEATS:
-            self._beat(number)
-            number += 1
+            self._beat()
             await asyncio.sleep(HEARTBEAT_S)
         self.fail(f"has not answered {MISSED_BEATS} heartbeats, {HEARTBEAT_S * MISSED_BEATS} s: it hangs")
 
@@ -172,11 +200,11 @@ class Node:
                         self._failed(
                             BadInputError(f"{self.name}: {message}")
                             if bad_input
-                            else self._as_error(f"failed: {message}")
+                            else self.as_error(f"failed: {message}")
                         )
                     case LinkLost(neighbour, reason):
                         self._on_link_lost(self, neighbour, reason)
-                    case _ if not self._reply.done():
+                    case Ready() | Connected() as answer if type(answer) is self._awaited and not self._reply.done():
                         self._reply.set_result(None)
             self.fail("has hung up")
         except FrameError as error:
@@ -192,9 +220,10 @@ class Node:
 
     def fail(self, what: str) -> None:
         """Declares the node lost: ``what`` completes the sentence that begins with its name."""
-        self._failed(self._as_error(what))
+        self._failed(self.as_error(what))
 
-    def _as_error(self, what: str) -> StageFailedError:
+    def as_error(self, what: str) -> StageFailedError:
+        """An error that begins with the node's name, goes on with ``what``, and ends with its last frame."""
         last = "it had handled no frame" if self.last_run < 0 else f"the last frame it handled: run {self.last_run}"
         return StageFailedError(f"{self.name} {what}; {last}")
 
@@ -203,8 +232,7 @@ class Node:
             return
         self.failure = error
         _log.debug("%s", error)
-        if not self._reply.done():
-            self._reply.set_exception(error)
+        self.interrupt(error)
         self._beaten.set()  # nobody need wait for a beat any more
         self._on_failure(self, error)
 

@@ -2,8 +2,12 @@
 
 import asyncio
 import contextlib
+import logging
 import secrets
-from collections.abc import Sequence
+import time
+from collections.abc import Coroutine, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import grpc
 import grpc.aio
@@ -21,29 +25,55 @@ from backends.node import Node
 from backends.transport import DATA, DRAFT, RESULTS, describe_rpc_error, path
 from pipesim.errors import PipesimError, StageFailedError
 
+_log = logging.getLogger(__name__)
 _LINK_GRACE_S = 3.0
 """A broken link is mostly the work of a dead node: its own news, more telling, may take this long."""
 
-News = tuple[Frame, int] | tuple[FromDrafter, int] | PipesimError
-"""What reaches the head, with its size in bytes."""
+
+@dataclass(frozen=True, slots=True)
+class DrafterBack:
+    """A lost drafter was replaced by one that knows no text yet."""
+
+
+News = tuple[Frame, int] | tuple[FromDrafter, int] | tuple[DrafterBack, int] | PipesimError
+"""What reaches the head, with its size in bytes; an error says that the pipeline broke, or lost its drafter."""
+
+
+class Mender(Protocol):
+    """Replaces what a pipeline has lost. ``cluster.py`` has the one that knows how."""
+
+    async def restore(self) -> None:
+        """Replaces lost stages and links all of them anew. Raises StageFailedError."""
+
+    async def replace_drafter(self) -> None:
+        """Replaces a lost drafter. Raises StageFailedError."""
 
 
 class Pipeline:
     """Stages in order and maybe a drafter, with the head's own streams to them.
 
-    ``inbox`` holds the news in order of arrival; a PipesimError in it is the last word.
+    ``inbox`` holds the news in order of arrival. A broken pipeline (``failure`` says why) carries nothing until
+    :meth:`restore`; what its error in the inbox says is out of date once ``failure`` is another one. ``attempts`` is
+    how often in a row that should be tried, 0 without a ``mender``.
     """
 
-    def __init__(self, token: bytes) -> None:
+    def __init__(self, attempts: int = 0) -> None:
         self.stages: list[Node] = []
         self.drafter: Node | None = None
         self.inbox: asyncio.Queue[News] = asyncio.Queue()
         self.failure: PipesimError | None = None
-        self.token = token
+        self.broken_at = 0
+        self.token = secrets.token_bytes(TOKEN_BYTES)
+        self.attempts = attempts
+        self.mender: Mender | None = None
+        self._down_until = float("-inf")
         self._sessions = 0
+        self._linked = True
         self._frames: asyncio.Queue[bytes] = asyncio.Queue()
         self._orders: asyncio.Queue[bytes] = asyncio.Queue()
-        self._tasks: list[asyncio.Task[None]] = []
+        self._links: list[asyncio.Task[None]] = []
+        self._drafts: list[asyncio.Task[None]] = []
+        self._mending: asyncio.Task[None] | None = None
         self._grace: list[asyncio.TimerHandle] = []
 
     @property
@@ -51,22 +81,29 @@ class Pipeline:
         """Stages in order, then the drafter."""
         return [*self.stages, self.drafter] if self.drafter else list(self.stages)
 
-    @staticmethod
-    def new_token() -> bytes:
-        """A secret that senders show to a pipeline's nodes."""
-        return secrets.token_bytes(TOKEN_BYTES)
-
     def new_session(self) -> Session:
         """A session that was never used before."""
         self._sessions += 1
         return Session(self.token, self._sessions, epoch=0)
 
+    def renewed(self, session: Session, epoch: int) -> Session:
+        """The same session on the restored pipeline, which takes no frames of earlier epochs."""
+        return Session(self.token, session.number, epoch)
+
+    # -- links -------------------------------------------------------------------------------------------------------
+
     async def connect(self) -> None:
-        """Opens the data stream to the first stage, the result stream from the last, and the drafter's stream.
+        """Links the stages, and opens the data stream to the first one and the result stream from the last.
 
         Raises:
-            StageFailedError: a stage refuses.
+            StageFailedError: a stage refuses, or is lost.
         """
+        self.failure = next((stage.failure for stage in self.stages if stage.failure), None)
+        if self.failure:
+            raise self.failure
+        self._linked = True
+        successors = [*(stage.address for stage in self.stages[1:]), None]
+        await together(stage.connect(to) for stage, to in zip(self.stages, successors, strict=True))
         first, last = self.stages[0], self.stages[-1]
         data = first.channel.stream_stream(path(DATA))()
         results = last.channel.unary_stream(path(RESULTS))(self.token)
@@ -75,14 +112,89 @@ class Pipeline:
             await results.wait_for_connection()
         except grpc.RpcError as error:
             raise StageFailedError(f"{first.name} or {last.name} refuses: {describe_rpc_error(error)}") from error
-        self._serve(self._write(data, self._frames), self._watch(data, first, -1), self._read_results(results, last))
-        if self.drafter:
-            orders = self.drafter.channel.stream_stream(path(DRAFT))()
-            await orders.write(self.token)
-            self._serve(self._write(orders, self._orders), self._read_drafts(orders, self.drafter))
+        streams = (self._write(data, self._frames), self._watch(data, first, -1), self._read_results(results, last))
+        self._links = [asyncio.create_task(stream) for stream in streams]
 
-    def _serve(self, *streams: "asyncio._CoroutineLike[None]") -> None:
-        self._tasks += [asyncio.create_task(stream) for stream in streams]
+    async def unlink(self) -> None:
+        """Ends the streams to the stages; whatever was or will be said about links up to :meth:`connect` is void."""
+        self._linked = False
+        self.token = secrets.token_bytes(TOKEN_BYTES)
+        self._frames = asyncio.Queue()
+        for timer in self._grace:
+            timer.cancel()
+        self._grace.clear()
+        await _end(self._links)
+
+    async def connect_drafter(self, token: bytes) -> None:
+        """Opens the draft stream to a drafter that was configured with ``token``."""
+        assert self.drafter
+        self._orders = asyncio.Queue()
+        orders = self.drafter.channel.stream_stream(path(DRAFT))()
+        await orders.write(token)
+        streams = (self._write(orders, self._orders), self._read_drafts(orders, self.drafter))
+        self._drafts = [asyncio.create_task(stream) for stream in streams]
+
+    # -- loss and repair ---------------------------------------------------------------------------------------------
+
+    def node_failed(self, node: Node, error: PipesimError) -> None:
+        """The first failure of a stage breaks the pipeline; the others come to light when it is repaired."""
+        if node is self.drafter:
+            if self._mending is None or self._mending.done():
+                self.inbox.put_nowait(error)
+        else:
+            self._break(node, error)
+
+    def link_lost(self, node: Node, neighbour: int, reason: str) -> None:
+        """A stream between nodes broke. Unless a node turns out to be dead, the link itself is to blame."""
+        if node in self.stages and not self._linked:
+            return
+        other = self.stages[neighbour].name if 0 <= neighbour < len(self.stages) else "the head"
+        what = f"lost its link with {other} ({reason})"
+        self._grace.append(asyncio.get_running_loop().call_later(_LINK_GRACE_S, self._give_link_up, node, what))
+
+    def _give_link_up(self, node: Node, what: str) -> None:
+        if node not in self.stages or not self.attempts:
+            node.fail(what)
+            return
+        error = node.as_error(what)
+        for waiting in self.stages:
+            waiting.interrupt(error)
+        self._break(node, error)
+
+    def _break(self, node: Node, error: PipesimError) -> None:
+        if self.failure is None:
+            self.failure = error
+            self.broken_at = self.stages.index(node) if node in self.stages else 0
+            self.inbox.put_nowait(error)
+
+    async def restore(self) -> None:
+        """Replaces lost stages and links all of them anew, with nothing left of any session.
+
+        Raises:
+            StageFailedError: that did not succeed; it may be tried again.
+        """
+        if self.mender is None:
+            raise self.failure or StageFailedError("there is nobody to restore the pipeline")
+        await asyncio.sleep(self._down_until - time.monotonic())
+        await self.mender.restore()
+
+    def not_restored_before(self, moment: float) -> None:
+        """:meth:`restore` waits at least until then, on the clock ``time.monotonic()``: a modelled outage."""
+        self._down_until = max(self._down_until, moment)
+
+    def replace_drafter(self) -> None:
+        """Replaces a lost drafter in the background; ``DrafterBack`` tells of success, a warning of failure."""
+        self._mending = asyncio.create_task(self._replace_drafter())
+
+    async def _replace_drafter(self) -> None:
+        assert self.mender
+        await _end(self._drafts)
+        try:
+            await self.mender.replace_drafter()
+        except PipesimError as error:
+            _log.warning("%s; no more drafts: the text goes on without speculation", error)
+        else:
+            self.inbox.put_nowait((DrafterBack(), 0))
 
     # -- to the nodes ------------------------------------------------------------------------------------------------
 
@@ -133,28 +245,29 @@ class Pipeline:
         self.link_lost(drafter, -1, reason)
 
     async def _watch(self, call: "grpc.aio.StreamStreamCall", node: Node, neighbour: int) -> None:
-        code = await call.code()
-        self.link_lost(node, neighbour, f"{code.name}: {await call.details()}")
-
-    def node_failed(self, node: Node, error: PipesimError) -> None:
-        """The first failure ends the pipeline."""
-        del node
-        if self.failure is None:
-            self.failure = error
-            self.inbox.put_nowait(error)
-
-    def link_lost(self, node: Node, neighbour: int, reason: str) -> None:
-        """A stream between nodes broke. Unless a node turns out to be dead, the link itself is to blame."""
-        other = self.stages[neighbour].name if 0 <= neighbour < len(self.stages) else "the head"
-        what = f"lost its link with {other} ({reason})"
-        self._grace.append(asyncio.get_running_loop().call_later(_LINK_GRACE_S, node.fail, what))
+        try:
+            code = await call.code()
+            self.link_lost(node, neighbour, f"{code.name}: {await call.details()}")
+        finally:
+            call.cancel()
 
     async def close(self) -> None:
         """Ends all streams, gives foreign nodes back, ends our own processes."""
         self.failure = self.failure or StageFailedError("the pipeline was closed")
         for timer in self._grace:
             timer.cancel()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await _end([*self._links, *self._drafts, *([self._mending] if self._mending else [])])
         await asyncio.gather(*(node.close() for node in self.nodes))
+
+
+async def together(work: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Does all of ``work`` at once and to the end; then raises the first error, if there was one."""
+    for outcome in await asyncio.gather(*work, return_exceptions=True):
+        if isinstance(outcome, BaseException):
+            raise outcome
+
+
+async def _end(tasks: list[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from backends.control import DraftOrder, DraftReply, Planted, StartText, ToDrafter, TraceReply, TraceText
 from backends.frames import Frame, OpenFrame, ReleaseFrame, ResultFrame, RunFrame
-from backends.pipeline import Pipeline
+from backends.pipeline import DrafterBack, Pipeline
 from backends.sampling import Sampling
-from pipesim.errors import InvariantError, PipesimError
+from pipesim.errors import InvariantError, PipesimError, StageFailedError
 from pipesim.scheduling.commands import RequestDraft
 from pipesim.scheduling.runs import END, KvOperation, Run, RunKind, SequenceRemove
 from pipesim.scheduling.tree import Candidate, Detour
@@ -93,7 +93,7 @@ class Prober:
         news = await self._pipeline.inbox.get()
         if isinstance(news, PipesimError):
             raise news
-        if isinstance(news[0], DraftReply | TraceReply):
+        if isinstance(news[0], DraftReply | TraceReply | DrafterBack):
             raise InvariantError(f"{news[0]} came without a request")
         return news[0]
 
@@ -128,8 +128,11 @@ class Prober:
             news = await self._pipeline.inbox.get()
             if isinstance(news, PipesimError):
                 raise news
-            if not isinstance(news[0], DraftReply) or news[0].session == self._session.number:
-                return news[0]
+            what = news[0]
+            if isinstance(what, DrafterBack):
+                raise StageFailedError("the drafter was lost while it was probed: its costs are unknown")
+            if not isinstance(what, DraftReply) or what.session == self._session.number:
+                return what
 
 
 def _is_decode(run: Run, rows: int) -> bool:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import os
 import signal
 import sys
 from typing import Any
@@ -28,9 +29,16 @@ class NodeProcess:
         status = self._status.result()
         return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
 
+    def kill(self) -> None:
+        """Ends it at once, even if it is frozen; nothing happens if it has ended."""
+        if not self._status.done():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+
     def note_end(self, status: int) -> None:
         """It ended with this status (negative: by that signal)."""
-        self._status.set_result(status)
+        if not self._status.done():
+            self._status.set_result(status)
 
     async def ended(self, within_s: float) -> bool:
         """Waits for its end."""
@@ -45,6 +53,7 @@ class Nursery:
         self._process = process
         self._nodes: dict[int, NodeProcess] = {}
         self._born: asyncio.Queue[NodeProcess | None] = asyncio.Queue()
+        self._gone = False
         self._reader = asyncio.create_task(self._read())
 
     @classmethod
@@ -57,6 +66,11 @@ class Nursery:
         )
         return cls(process)
 
+    @property
+    def ended(self) -> bool:
+        """Whether it is dead, and with it all nodes that it had started."""
+        return self._gone
+
     async def spawn(self, count: int) -> list[NodeProcess]:
         """Forks ``count`` nodes and waits until they listen. Raises StageFailedError if they cannot."""
         assert self._process.stdin
@@ -65,6 +79,8 @@ class Nursery:
         for _ in range(count):
             node = await self._born.get()
             if node is None:
+                if self._gone:
+                    self._born.put_nowait(None)  # for whoever else waits
                 raise StageFailedError("the stage processes did not start: their messages are on stderr")
             born.append(node)
         return born
@@ -80,6 +96,9 @@ class Nursery:
                 self._nodes[told["pid"]].note_end(told["status"])
             else:
                 self._born.put_nowait(None)
+        for node in self._nodes.values():
+            node.note_end(-signal.SIGKILL)  # they end with it
+        self._gone = True
         self._born.put_nowait(None)
 
     async def stop(self) -> None:

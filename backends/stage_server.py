@@ -13,7 +13,7 @@ from backends.compute import ComputeThread
 from backends.control import TO_NODE, ConfigureDrafter, ConfigureStage, Failed, pack, unpack
 from backends.drafter_server import DrafterLease
 from backends.frames import FrameError, decode, peek_token
-from backends.lease import Lease, LoadLayers, StageLease
+from backends.lease import Lease, LoadLayers, Passage, StageLease
 from backends.transport import CONTROL, DATA, DRAFT, RESULTS, SERVICE
 
 _log = logging.getLogger(__name__)
@@ -89,34 +89,35 @@ class NodeServer:
 
     async def _data(self, _: Any, context: _Context) -> None:
         await context.send_initial_metadata(())  # tells the predecessor that it is connected
-        lease: StageLease | None = None
+        passage: Passage | None = None
         reason = "closed by the predecessor"
         try:
             while (data := await context.read()) is not grpc.aio.EOF:
                 try:
                     # The token first: nobody else may keep the event loop busy with the rest of a frame.
-                    current = await self._lease_for(StageLease, peek_token(data), context)
+                    lease = await self._lease_for(StageLease, peek_token(data), context)
                     frame = decode(data)
                 except FrameError as error:
                     reason = f"malformed frame: {error}"
                     await _refuse(context, _Code.INVALID_ARGUMENT, str(error))
-                if lease is None:
-                    if current.has_predecessor:
+                if passage is None:
+                    passage = lease.passage
+                    if passage.has_predecessor:
                         await _refuse(context, _Code.FAILED_PRECONDITION, "this stage has a predecessor already")
-                    lease = current
-                    lease.has_predecessor = True
+                    passage.has_predecessor = True
                 lease.receive(frame, len(data))
         except asyncio.CancelledError:
             reason = "the predecessor is gone"
             raise
         finally:
-            if lease is not None:
-                lease.predecessor_left(reason)
+            if passage is not None:
+                lease.predecessor_left(passage, reason)
 
     async def _results(self, token: bytes, context: _Context) -> None:
         lease = await self._lease_for(StageLease, token, context)
+        outgoing = lease.passage.outgoing
         await context.send_initial_metadata(())
-        while (data := await lease.outgoing.get()) is not None:
+        while (data := await outgoing.get()) is not None:
             await context.write(data)
 
     async def _draft(self, _: Any, context: _Context) -> None:

@@ -98,14 +98,15 @@ class StageWorker:
         dead.update((epoch, run_id) for run_id in run_ids if run_id >= next_run)
 
     def abandon(self) -> None:
-        """Nobody waits for any run any more. From any thread."""
+        """Nobody waits for any run any more, up to the next :meth:`close`. From any thread."""
         self._abandoned = True
 
     def close(self) -> None:
-        """Closes what sessions are left, so that the layers can serve another head."""
-        for number in self._open:
-            self._layers.close_session(number)
-        self._open.clear()
+        """Closes what sessions are left, so that the layers can serve another epoch, or another head."""
+        for number in list(self._open):
+            self._close(number)
+        self._cancelled.clear()
+        self._abandoned = False
 
     def handle(self, frame: Frame, received_bytes: int) -> Frame:
         """Carries out one frame and returns what goes on to the successor, or home from the last stage.

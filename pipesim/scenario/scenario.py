@@ -157,6 +157,8 @@ class Scenario(Section):
         if hosts is not None and len(hosts) != last_hop:
             yield f"execution.hosts: {len(hosts)} hosts for {last_hop} stages: one per stage, null to start it here"
         execution = self.execution
+        if execution.spares and not any(hosts or ()):
+            yield "execution.spares: they take the place of lost hosts, and execution.hosts names none: remove them"
         if execution.skip_layers is not None and execution.drafter != "layer-skip":
             yield (
                 f"execution.skip_layers: only layer-skip leaves layers out, execution.drafter is "

@@ -49,6 +49,16 @@ class PolicySection(BaseModel):
         return make_policy(self.name, self.model_extra)
 
 
+class Recovery(Section):
+    """Real runs: what is done about a lost stage."""
+
+    attempts: int = Field(default=3, ge=0)
+    """How often in a row, without a token in between, a broken pipeline is restored; 0: a lost stage or drafter ends
+    the generation with an error that names it."""
+    timeout_s: float = Field(default=60.0, gt=0)
+    """How long one of these attempts may take: start a process, load layers, connect."""
+
+
 class Execution(Section):
     """Real runs: how the pipeline is brought up."""
 
@@ -65,3 +75,8 @@ class Execution(Section):
     """Compute threads of each stage process."""
     startup_timeout_s: float = Field(default=120.0, gt=0)
     """How long stages may take to load and connect."""
+    recovery: Recovery = Recovery()
+    """What is done about a lost stage."""
+    spares: tuple[str, ...] = Field(default=(), strict=False)
+    """host:port of running stage servers without a stage: each takes the place of one of hosts that is lost and does
+    not come back within 10 s."""

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import threading
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,13 +15,28 @@ from backends.pipeline import Pipeline
 from backends.sampling import Sampling
 from pipesim.recorder import Recorder
 from pipesim.scenario import IidAcceptance
-from pipesim.scheduling.events import GenerationStarted
+from pipesim.scheduling.commands import Command
+from pipesim.scheduling.events import Event, GenerationStarted
 from pipesim.scheduling.policy import make_policy
 from pipesim.scheduling.scheduler import Scheduler
 from pipesim.trace import Trace
 
 T = TypeVar("T")
 LAYERS, VOCABULARY, CONTEXT = 8, 160, 800
+
+
+class StruckRecorder(Recorder):
+    """Does harm at chosen moments: ``strikes`` by the number of events heard."""
+
+    strikes: dict[int, Callable[[], None]]
+    heard = 0
+
+    def handle(self, event: Event, now: float) -> list[Command]:
+        commands = super().handle(event, now)
+        self.heard += 1
+        if strike := self.strikes.pop(self.heard, None):
+            strike()
+        return commands
 
 
 @dataclass
@@ -41,10 +56,15 @@ class RunningPipeline:
         sampling: Sampling | None = None,
         known: Sequence[int] | None = None,
         events: Any = None,
+        strikes: Mapping[int, Callable[[], None]] | None = None,
     ) -> list[int]:
-        """The tokens that the head emits; ``known`` is the continuation for a planted drafter."""
+        """The tokens that the head emits; ``known`` is the continuation for a planted drafter.
+
+        ``strikes``: what befalls the pipeline once the head has heard so many events.
+        """
         scheduler = Scheduler(make_policy(policy, settings or {}))
-        recorder = Recorder(scheduler, 0, [str(i) for i in range(len(self.pipeline.stages))], events)
+        recorder = StruckRecorder(scheduler, 0, [str(i) for i in range(len(self.pipeline.stages))], events)
+        recorder.strikes = dict(strikes or {})
         emitted: list[int] = []
         planted = None
         if known is not None:

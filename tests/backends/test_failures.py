@@ -1,4 +1,5 @@
-"""What dies, hangs or is torn away: an error that names it within five seconds, and no process left."""
+"""What dies, hangs or is torn away, where nothing is restored: an error that names it within five seconds, and no
+process left."""
 
 import asyncio
 import os
@@ -15,7 +16,7 @@ import pytest
 from pipelines import LAYERS, RunningPipeline, running, tiny_plan
 from tiny_models import save_tiny
 
-from backends.cluster import running_pipeline
+from backends.cluster import Recovery, running_pipeline
 from backends.frames import ReleaseFrame, RunFrame
 from backends.head import Head
 from backends.node import Node
@@ -28,6 +29,7 @@ from pipesim.scheduling.runs import Run, RunKind
 from pipesim.scheduling.scheduler import Scheduler
 
 PROMPT = tuple(range(3, 40))
+GIVE_UP = Recovery(attempts=0)
 WITHIN_S = 5.0
 
 
@@ -70,7 +72,7 @@ def kill(node: Node | None, number: signal.Signals) -> None:
 @pytest.mark.parametrize("victim", [0, 1, 2])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
 def test_a_lost_stage_is_named_within_five_seconds(model: Path, victim: int, number: signal.Signals) -> None:
-    with running(tiny_plan(model, 3)) as pipeline:
+    with running(tiny_plan(model, 3, recovery=GIVE_UP)) as pipeline:
         node = pipeline.pipeline.stages[victim]
         error, struck_at = generate_until(pipeline, lambda: kill(node, number))
         assert f"stage {victim} ({node.address}, layers " in str(error)
@@ -141,7 +143,7 @@ def test_bad_input_that_a_stage_finds_names_the_stage(model: Path) -> None:
 
 
 def test_a_lost_drafter_is_named(model: Path) -> None:
-    with running(tiny_plan(model, 2)) as pipeline:
+    with running(tiny_plan(model, 2, recovery=GIVE_UP)) as pipeline:
         error, struck_at = generate_until(pipeline, lambda: kill(pipeline.pipeline.drafter, signal.SIGKILL))
         assert "drafter ngram" in str(error)
     assert time.monotonic() - struck_at < WITHIN_S
@@ -178,7 +180,7 @@ import asyncio, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from pipelines import tiny_plan
-from backends.cluster import running_pipeline
+from backends.cluster import Recovery, running_pipeline
 
 async def main():
     async with running_pipeline(tiny_plan(Path(sys.argv[2]), 2)) as pipeline:

@@ -190,7 +190,10 @@ def test_a_stage_killed_on_another_machine_ends_the_generation_with_its_name(tin
     with stage_server() as (first, _), stage_server() as (second, server):
         hosts.write_text(yaml.safe_dump({"stages": [first, second]}))
         process = subprocess.Popen(
-            command("generate", PROMPT, "--raw", "--model", tiny_folder, "--cluster", hosts, "--max-new-tokens", 900),
+            command(
+                *("generate", PROMPT, "--raw", "--model", tiny_folder, "--cluster", hosts, "--max-new-tokens", 900),
+                *("--set", "execution.recovery.attempts=0"),
+            ),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
