@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
+from backends.logs import event
 from backends.pipeline import Pipeline
 from pipesim.errors import BadInputError
 from pipesim.scenario import CrashFault, Fault
@@ -19,7 +20,7 @@ _log = logging.getLogger(__name__)
 async def _crash(fault: CrashFault, pipeline: Pipeline) -> None:
     """Kills a stage's process; the pipeline may not be restored sooner than the scenario says."""
     stage = pipeline.stages[fault.stage]
-    _log.warning("fault: %s is killed", stage.name)
+    event(_log, logging.WARNING, f"a fault of the scenario kills {stage.name}")
     pipeline.not_restored_before(time.monotonic() + 1e-3 * (fault.detect_ms + fault.restart_ms))
     if stage.process:
         stage.process.kill()

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
 from backends.control import ConfigureDrafter, ConfigureStage
+from backends.logs import event
 from backends.models.loading import fingerprint, open_model
 from backends.node import Node
 from backends.pipeline import Pipeline, together
@@ -189,10 +190,8 @@ class Assembly:
             ) from None
         if pipeline.failure:
             raise pipeline.failure
-        _log.warning(
-            "the pipeline is restored after %.2f s, with %s new; the text is prefilled",
-            *(time.monotonic() - start, ", ".join(pipeline.stages[index].name for index in lost) or "no stage"),
-        )
+        new = ", ".join(pipeline.stages[index].name for index in lost) or "no stage"
+        event(_log, logging.WARNING, "pipeline restored", seconds=round(time.monotonic() - start, 3), new=new)
 
     async def _replace(self, index: int) -> None:
         """Puts a configured stage in the place of a lost one."""
@@ -216,7 +215,7 @@ class Assembly:
                 await self._configure(index, address)
                 return True
             except PipesimError as error:
-                _log.info("%s", error)
+                event(_log, logging.INFO, str(error))
                 await asyncio.sleep(_TRY_AGAIN_S)
         return False
 

@@ -25,6 +25,7 @@ from backends.drafting.base import Drafter
 from backends.drafting.ngram import NgramDrafter
 from backends.drafting.planted import Draw, PlantedDrafter
 from backends.lease import Lease
+from backends.logs import event, name_node
 from pipesim.errors import BadInputError, InvariantError
 from pipesim.scheduling.commands import RequestDraft
 
@@ -36,6 +37,7 @@ class DrafterLease(Lease):
 
     def __init__(self, order: ConfigureDrafter, compute: ComputeThread) -> None:
         super().__init__(order.token, compute)
+        name_node("drafter")
         self._replies: asyncio.Queue[FromDrafter | None] = asyncio.Queue()
         self._received = 0  # texts and orders: each makes the orders before it pointless
         self._session = -1
@@ -47,7 +49,7 @@ class DrafterLease(Lease):
         start = time.monotonic()
         if self._order.drafter != "planted":  # that one needs to know the text first
             self._drafter = load_drafter(self._order)
-        _log.info("drafter %s loaded in %.1f s", self._order.drafter, time.monotonic() - start)
+        event(_log, logging.INFO, "loaded", drafter=self._order.drafter, seconds=round(time.monotonic() - start, 3))
         self.tell(Ready())
 
     def receive(self, data: bytes) -> None:
@@ -110,8 +112,13 @@ class DrafterLease(Lease):
         start = time.monotonic()
         tree = None if abandoned() else self._current().draft(request, abandoned)
         end = time.monotonic()
-        drafted = "abandoned" if tree is None else f"{len(tree.tokens)} tokens"
-        _log.debug("draft %d: %s, %.3f ms", request.request_id, drafted, 1e3 * (end - start))
+        event(
+            *(_log, logging.DEBUG, "abandoned" if tree is None else "drafted"),
+            session=self._session,
+            draft=request.request_id,
+            tokens=0 if tree is None else len(tree.tokens),
+            ms=1e3 * (end - start),
+        )
         return DraftReply(self._session, request.request_id, tree, start, end)
 
 

@@ -15,10 +15,10 @@ from backends.chaos import check_faults, faults_under_way
 from backends.cluster import DRAFTERS, ClusterPlan, DrafterPart, Recovery, running_pipeline, stage_parts
 from backends.control import Planted
 from backends.head import Head
+from backends.logs import configure_logging, name_node
 from backends.models.config import ModelConfig
 from backends.models.finding import KNOWN_MODELS, is_hub_name
 from backends.models.loading import open_model
-from backends.nursery import configure_logging
 from backends.pipeline import Pipeline
 from backends.placement import split_layers
 from backends.probing import DraftCosts, Drafts, Prober
@@ -140,6 +140,7 @@ class GrpcExecutor:
         Raises:
             BadInputError: the port is in use.
         """
+        name_node("node")
         try:
             asyncio.run(serve(listen))
         except KeyboardInterrupt:

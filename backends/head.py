@@ -4,9 +4,11 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 from backends.control import DraftOrder, DraftReply, ExtendText, Planted, StartText, TraceReply
-from backends.frames import Frame, OpenFrame, ReleaseFrame, ResultFrame, RunFrame, Session
+from backends.frames import Frame, OpenFrame, ReleaseFrame, ResultFrame, RunFrame
+from backends.logs import event
 from backends.node import Node
 from backends.pipeline import DrafterBack, Pipeline
 from backends.sampling import Sampling
@@ -31,7 +33,7 @@ from pipesim.scheduling.events import (
 )
 from pipesim.scheduling.tree import DraftTree
 
-_log = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 _NO_DRAFT = DraftTree()
 
 
@@ -50,7 +52,7 @@ class Head:
         self._on_tokens = on_tokens
         self._drafts = pipeline.drafter is not None and recorder.scheduler.policy.limits.nodes > 0
         self._drafter: Node | None = None  # the one that knows our text
-        self._session: Session
+        self._session = pipeline.new_session()
         self._sampling = Sampling()
         self._planted: Planted | None = None
         self._names = ["head", *(f"stage {index}" for index in range(len(pipeline.stages))), "head"]
@@ -75,16 +77,16 @@ class Head:
         self._sampling, self._planted = sampling, planted
         if pipeline.failure:  # it broke after the last generation had all its tokens
             await self._restore(pipeline.failure)
-        self._session = pipeline.new_session()
+            self._session = pipeline.new_session()
         commands = self._recorder.handle(started, time.monotonic())
         self._open()
         self._tell_drafter()
         self._carry_out(commands)
         while not self._released:
-            event = self._due.popleft() if self._due else await self._next_event()
-            if event is not None:
-                self._carry_out(self._recorder.handle(event, time.monotonic()))
-            if isinstance(event, StageLost):
+            happened = self._due.popleft() if self._due else await self._next_event()
+            if happened is not None:
+                self._carry_out(self._recorder.handle(happened, time.monotonic()))
+            if isinstance(happened, StageLost):
                 self._released = scheduler.released  # stages that are reset forget the session by themselves
                 if not self._released:
                     await self._recover()
@@ -107,26 +109,29 @@ class Head:
         for command in commands:
             match command:
                 case SubmitRun(run):
-                    _log.debug("submit run %d: %s, %d rows", run.run_id, run.kind, run.rows)
+                    self._log(logging.DEBUG, "run submitted", run=run.run_id, kind=run.kind, rows=run.rows)
                     self._sent(0, self._pipeline.send(RunFrame(self._session, run)))
                 case RequestDraft():
                     self._order(DraftOrder(command))
                 case CancelRuns(run_ids):
-                    _log.debug("cancel runs %s", run_ids)
+                    self._log(logging.DEBUG, "runs cancelled", runs=run_ids)
                     size = self._pipeline.cancel(self._session, run_ids)
                     for stage in self._names[1:-1]:
                         self._recorder.link_sent(f"head to {stage} (control)", size)
                 case EmitTokens(_, tokens):
                     self._attempts = 0
+                    self._log(logging.DEBUG, "tokens committed", tokens=tokens)
                     self._stop_after(self._on_tokens(tokens))
                     if self._drafts:
                         self._order(ExtendText(tokens))
                 case ReleaseSession():
+                    self._log(logging.INFO, "session over")
                     self._sent(0, self._pipeline.send(ReleaseFrame(self._session)))
 
     def _open(self) -> None:
         scheduler = self._recorder.scheduler
         opening = OpenFrame(self._session, scheduler.kv_cells, scheduler.sequences, self._sampling)
+        self._log(logging.INFO, "session begins", kv_cells=scheduler.kv_cells, text=scheduler.generation.frontier)
         self._sent(0, self._pipeline.send(opening))
 
     def _stop_after(self, tokens: int | None) -> None:
@@ -163,10 +168,10 @@ class Head:
             raise error
         if self._drafter_attempts < pipeline.attempts:
             self._drafter_attempts += 1
-            _log.warning("%s; another one is started, without drafts until then", error)
+            self._log(logging.WARNING, f"{error}; another one is started, without drafts until then")
             pipeline.replace_drafter()
         else:
-            _log.warning("%s; no more drafts: the text goes on without speculation", error)
+            self._log(logging.WARNING, f"{error}; no more drafts: the text goes on without speculation")
         waiting = self._recorder.scheduler.generation.draft_id
         return None if waiting is None else DraftReturned(waiting, _NO_DRAFT)
 
@@ -184,7 +189,8 @@ class Head:
         pipeline = self._pipeline
         while isinstance(error, StageFailedError) and self._attempts < pipeline.attempts:
             self._attempts += 1
-            _log.warning("%s; restoring the pipeline, attempt %d of %d", error, self._attempts, pipeline.attempts)
+            attempt = f"attempt {self._attempts} of {pipeline.attempts}"
+            self._log(logging.WARNING, f"{error}; restoring the pipeline, {attempt}")
             try:
                 await pipeline.restore()
                 return
@@ -223,7 +229,11 @@ class Head:
             self._recorder.stage_span(stamp.stage, frame.run_id, stamp.start - offset, stamp.end - offset, stamp.void)
             if stamp.stage:
                 self._sent(stamp.stage, stamp.received_bytes)
+        self._log(logging.DEBUG, "run returned", run=frame.run_id, void=frame.predictions is None)
         return RunReturned(frame.run_id, frame.predictions)
+
+    def _log(self, level: int, what: str, **fields: Any) -> None:
+        event(_logger, level, what, session=self._session.number, epoch=self._session.epoch, **fields)
 
     def _sent(self, hop: int, size: int) -> None:
         self._recorder.link_sent(f"{self._names[hop]} to {self._names[hop + 1]}", size)

@@ -27,6 +27,7 @@ from backends.control import (
     ToNode,
 )
 from backends.frames import Frame, FrameError, encode
+from backends.logs import event, name_node
 from backends.transport import DATA, describe_rpc_error, open_channel, path
 from pipesim.errors import BadInputError, PipesimError
 
@@ -120,6 +121,7 @@ class StageLease(Lease):
         super().__init__(order.token, compute)
         self.passage = Passage()
         self._stage = order.stage
+        name_node(f"stage {order.stage}")
         self._worker: StageWorker | None = None
         compute.submit(lambda: self._load(order, load), self.fail)
 
@@ -134,9 +136,11 @@ class StageLease(Lease):
         start = time.monotonic()
         layers = load(order)
         self._worker = StageWorker(order.stage, layers, self.compute.checkpoint)
-        _log.info(
-            "stage %d: layers [%d, %d) of %s loaded in %.1f s",
-            *(order.stage, order.first_layer, order.last_layer, order.model, time.monotonic() - start),
+        event(
+            *(_log, logging.INFO, "loaded"),
+            model=order.model,
+            layers=[order.first_layer, order.last_layer],
+            seconds=round(time.monotonic() - start, 3),
         )
         self.tell(Ready())
 
@@ -180,7 +184,7 @@ class StageLease(Lease):
     def link_lost(self, passage: Passage, neighbour: int, reason: str) -> None:
         """A data stream broke; the head finds out whose fault it is."""
         if not self.closed and passage is self.passage:
-            _log.info("stage %d: the link with stage %d broke: %s", self._stage, neighbour, reason)
+            event(_log, logging.INFO, "link lost", neighbour=neighbour, reason=reason)
             self.tell(LinkLost(neighbour, reason))
 
     def predecessor_left(self, passage: Passage, reason: str) -> None:

@@ -26,6 +26,7 @@ from backends.control import (
     unpack,
 )
 from backends.frames import FrameError
+from backends.logs import event
 from backends.processes import NodeProcess
 from backends.transport import CONTROL, describe_rpc_error, open_channel, path
 from pipesim.errors import BadInputError, PipesimError, StageFailedError
@@ -231,7 +232,7 @@ class Node:
         if self.failure:
             return
         self.failure = error
-        _log.debug("%s", error)
+        event(_log, logging.DEBUG, str(error))
         self.interrupt(error)
         self._beaten.set()  # nobody need wait for a beat any more
         self._on_failure(self, error)

@@ -10,12 +10,12 @@ import asyncio
 import contextlib
 import ctypes
 import json
-import logging
 import os
 import signal
 import sys
 import threading
 
+from backends.logs import configure_logging, name_node
 from pipesim.errors import BadInputError
 
 _PR_SET_PDEATHSIG = 1
@@ -28,6 +28,7 @@ def main() -> None:
     preload = parser.parse_args().preload
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the head's to handle
     _end_with_parent()
+    name_node("node")
     configure_logging()
     if preload:
         import backends.stage_worker  # noqa: F401
@@ -81,18 +82,6 @@ def _serve() -> None:
 def _end_with_parent() -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def configure_logging() -> None:
-    """Log lines on stderr; ``PIPESIM_LOG`` names the lowest level that is shown (default: warning).
-
-    Raises:
-        BadInputError: there is no such level.
-    """
-    level = os.environ.get("PIPESIM_LOG", "warning").upper()
-    if level not in logging.getLevelNamesMapping():
-        raise BadInputError(f"PIPESIM_LOG={level.lower()}: use debug, info, warning or error")
-    logging.basicConfig(level=level, format="%(asctime)s %(process)d %(name)s %(levelname)s %(message)s")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from backends.control import (
     unpack,
 )
 from backends.frames import TOKEN_BYTES, Frame, FrameError, Session, decode, encode
+from backends.logs import event
 from backends.node import Node
 from backends.transport import DATA, DRAFT, RESULTS, describe_rpc_error, path
 from pipesim.errors import PipesimError, StageFailedError
@@ -192,7 +193,7 @@ class Pipeline:
         try:
             await self.mender.replace_drafter()
         except PipesimError as error:
-            _log.warning("%s; no more drafts: the text goes on without speculation", error)
+            event(_log, logging.WARNING, f"{error}; no more drafts: the text goes on without speculation")
         else:
             self.inbox.put_nowait((DrafterBack(), 0))
 

@@ -19,6 +19,7 @@ from backends.frames import (
     Session,
     StageStamp,
 )
+from backends.logs import event
 from backends.models.loading import fingerprint, open_model
 from backends.models.stage_model import StageModel
 from backends.sampling import Sampling
@@ -121,6 +122,7 @@ class StageWorker:
                     self._close(session.number)
                 self._layers.open_session(session.number, kv_cells, sequences, sampling)
                 self._open[session.number] = session
+                event(_log, logging.INFO, "session opened", session=session.number, epoch=session.epoch)
                 self.last_run = -1
                 return frame
             case ReleaseFrame(session):
@@ -166,7 +168,15 @@ class StageWorker:
         end = time.monotonic()
         void = output is None
         stamps = (*frame.stamps, StageStamp(self._stage, start, end, void, received_bytes))
-        _log.debug("run %d: %d rows, void=%s, %.3f ms", run.run_id, run.rows, void, 1e3 * (end - start))
+        event(
+            *(_log, logging.DEBUG, "run computed"),
+            session=session.number,
+            epoch=session.epoch,
+            run=run.run_id,
+            rows=run.rows,
+            void=void,
+            ms=1e3 * (end - start),
+        )
         if self._layers.is_last:
             if isinstance(output, torch.Tensor):
                 raise FrameError(f"run {run.run_id}: the last stage computed activations instead of tokens")

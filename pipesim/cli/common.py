@@ -71,8 +71,24 @@ WindowOption = Annotated[
 EventsOption = Annotated[
     Path | None, typer.Option("--events", metavar="FILE", help="Write the event log for `pipesim replay` (JSONL).")
 ]
-
-
+LogLevelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--log-level",
+        metavar="LEVEL",
+        envvar="PIPESIM_LOG",
+        help="debug (each run), info (sessions, loading, links), warning (losses) or error. [default: warning]",
+    ),
+]
+LogFileOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--log-file",
+        metavar="FILE",
+        envvar="PIPESIM_LOG_FILE",
+        help="Append JSON lines of all processes here, from level info on by default; stderr keeps the warnings.",
+    ),
+]
 RepeatsOption = Annotated[int, typer.Option(min=1, help="So many seeds: the scenario's, and those that follow it.")]
 
 INTERRUPTED = 130

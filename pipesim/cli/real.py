@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -20,6 +21,8 @@ from pipesim.cli.common import (
     INTERRUPTED,
     EventsOption,
     JsonOption,
+    LogFileOption,
+    LogLevelOption,
     PlotOption,
     ScenarioArgument,
     SeedOption,
@@ -70,6 +73,14 @@ def _interruptible() -> Iterator[None]:
         raise typer.Exit(INTERRUPTED) from None
 
 
+def _executor(log_level: str | None, log_file: Path | None) -> Executor:
+    """The installed executor. It, and every process that it starts, reads from the environment what to log where."""
+    for variable, value in (("PIPESIM_LOG", log_level), ("PIPESIM_LOG_FILE", log_file)):
+        if value is not None:
+            os.environ[variable] = str(value)
+    return find_executor()
+
+
 @app.command("generate")
 def generate_command(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to answer, or with --raw to continue.")],
@@ -98,6 +109,8 @@ def generate_command(
     events: EventsOption = None,
     trace: TraceOption = None,
     record_acceptance: RecordOption = None,
+    log_level: LogLevelOption = None,
+    log_file: LogFileOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Generate text on a real pipeline, shown as it is committed. Its text never depends on policy and stages.
@@ -107,7 +120,7 @@ def generate_command(
 
     Example: pipesim generate "Count from one to twenty." --stages 2 --policy pipeinfer --max-new-tokens 64
     """
-    executor = find_executor()
+    executor = _executor(log_level, log_file)
     check_outputs(trace, events, record_acceptance)
     hosts = None if cluster is None else _hosts(cluster)
     if hosts is not None and stages not in (None, len(hosts)):
@@ -202,6 +215,8 @@ def execute_command(
     plot_window: WindowOption = None,
     events: EventsOption = None,
     record_acceptance: RecordOption = None,
+    log_level: LogLevelOption = None,
+    log_file: LogFileOption = None,
 ) -> None:
     """Run a scenario for real: its stages are processes over gRPC, its text is a model's.
 
@@ -211,7 +226,7 @@ def execute_command(
     """
     loaded, window = load(scenario, overrides, seed), parse_window(plot_window)
     check_outputs(trace, events, record_acceptance, plot=plot)
-    executor = find_executor()
+    executor = _executor(log_level, log_file)
     outcome = _execute(executor, loaded, events, as_json, record_acceptance)
     report(outcome.trace, as_json=as_json, trace_file=trace, plot_file=plot, text=outcome.text, window=window)
 
@@ -219,16 +234,18 @@ def execute_command(
 @app.command("stage")
 def stage_command(
     listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where to listen; port 0 takes a free one.")],
+    log_level: LogLevelOption = None,
+    log_file: LogFileOption = None,
 ) -> None:
     """Serve one stage of a pipeline, for heads on other machines; a head says which layers of which model.
 
     The first line on stdout is JSON and names the address. Serves one head at a time, one after another. There is no
     encryption: use it in networks that you trust.
 
-    Example: pipesim stage --listen 0.0.0.0:50051
+    Example: pipesim stage --listen 0.0.0.0:50051 --log-level info
     """
     with _interruptible():
-        find_executor().serve_stage(listen)
+        _executor(log_level, log_file).serve_stage(listen)
 
 
 @app.command("compare")
@@ -239,6 +256,8 @@ def compare_command(
     seed: SeedOption = None,
     as_json: JsonOption = False,
     plot_file: PlotOption = None,
+    log_level: LogLevelOption = None,
+    log_file: LogFileOption = None,
 ) -> None:
     """Hold the simulator against reality: probe costs on a real pipeline, predict, run for real, show both.
 
@@ -251,7 +270,7 @@ def compare_command(
 
     loaded = load(scenario, overrides, seed)
     check_outputs(plot=plot_file)
-    executor = find_executor()
+    executor = _executor(log_level, log_file)
     with _interruptible(), tempfile.TemporaryDirectory() as folder:
         if as_json:
             measurement = executor.measure(loaded, repeats, Path(folder))

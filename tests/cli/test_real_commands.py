@@ -305,6 +305,50 @@ def test_a_scenario_runs_for_real_with_the_flags_of_simulate(scenario: Path, tmp
     assert "tokens/s" in people.stdout
 
 
+def test_a_crash_fault_is_carried_out_and_everything_is_in_the_log(scenario: Path, tmp_path: Path) -> None:
+    events, log = tmp_path / "e.jsonl", tmp_path / "log.jsonl"
+    plain = as_json(pipesim("execute", scenario, "--json"))
+    crash = "faults=[{kind: crash, stage: 1, start_ms: 10, detect_ms: 100, restart_ms: 400}]"
+    flags = ("--log-level", "debug", "--log-file", log, "--events", events)
+    done = pipesim("execute", scenario, "--json", "--set", crash, *flags)
+    printed = as_json(done)
+    assert printed["tokens"] == plain["tokens"]
+    assert printed["metrics"]["e2e_s"] >= 0.5, "the stage is away for at least as long as the scenario says"
+    assert "a fault of the scenario kills stage 1" in done.stderr
+    assert "attempt 1 of 3" in done.stderr
+    assert "run computed" not in done.stderr, "what goes to the file does not litter the screen"
+    assert pipesim("replay", events).returncode == 0
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert {line["node"] for line in lines} >= {"head", "stage 0", "stage 1", "drafter"}
+    restored = next(line for line in lines if line["event"] == "pipeline restored")
+    session = max(line["session"] for line in lines if "session" in line)
+    ours = [line for line in lines if line.get("session") == session]
+    submitted = {(line["epoch"], line["run"]) for line in ours if line["event"] == "run submitted"}
+    computed = {(line["node"], line["epoch"], line["run"]) for line in ours if line["event"] == "run computed"}
+    assert {epoch for epoch, _ in submitted} == {0, 1}
+    after = {(epoch, run) for epoch, run in submitted if epoch}
+    assert {(epoch, run) for node, epoch, run in computed if node == "stage 1" and epoch} == after
+    assert all(line["time"] > restored["time"] for line in ours if line.get("epoch") and line["node"] == "stage 1")
+
+
+def test_a_crash_on_another_machine_is_bad_input(scenario: Path) -> None:
+    crash = "faults=[{kind: crash, stage: 1, start_ms: 10, detect_ms: 1, restart_ms: 1}]"
+    done = pipesim("execute", scenario, "--set", crash, "--set", "execution.hosts=[null, 'far:1']")
+    assert done.returncode == 2
+    assert "faults.0: stage 1 runs at far:1" in done.stderr
+
+
+def test_log_settings_that_cannot_be_are_bad_input(scenario: Path) -> None:
+    for flags, message in (
+        (("--log-level", "loud"), "debug, info"),
+        (("--log-file", "/no/where"), "cannot be written"),
+    ):
+        done = pipesim("execute", scenario, *flags)
+        assert done.returncode == 2
+        assert flags[0] in done.stderr
+        assert message in done.stderr
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
