@@ -14,7 +14,7 @@ from pipesim.scheduling.commands import CancelRuns, Command, RequestDraft, Submi
 from pipesim.scheduling.events import GenerationStarted
 from pipesim.scheduling.partitions import CANONICAL, PartitionPool, lowest_sequence
 from pipesim.scheduling.runs import END, KvOperation, Run, RunKind, SequenceCopy, SequenceRemove
-from pipesim.scheduling.speculation import InFlightRun, Node
+from pipesim.scheduling.speculation import InFlightRun, Node, advance
 from pipesim.scheduling.tree import DraftTree
 
 
@@ -85,6 +85,24 @@ class Generation:
         """Nobody waits for a draft any more; one that comes all the same is ignored."""
         self.draft_tip: Node | None = None
         self.draft_id: int | None = None
+        self.overtaken: tuple[int, ...] = ()
+        self._draft_nodes = 0
+
+    def commit(self, token: int) -> None:
+        """``token`` is text now: the root moves on.
+
+        A draft on its way that was to follow the old root is not lost: it may agree with ``token``. What it has beyond
+        ``overtaken``, the tokens that were committed since its context was, will follow the new root.
+        """
+        overtaken = self.draft_tip is self.root
+        self.text.append(token)
+        self.root = advance(self.root, token)
+        if overtaken:
+            self.draft_tip = self.root
+            self.overtaken += (token,)
+            if len(self.overtaken) >= self._draft_nodes:
+                self.abandon_draft()
+        self.new_root()
 
     @property
     def frontier(self) -> int:
@@ -159,7 +177,8 @@ class Generation:
             )
         if not self.partitions.free or self.cells.free < max_nodes + 1 or tip.position >= self.limit - 2:
             return False
-        self.draft_id, self.draft_tip = self._next_request_id, tip
+        self.draft_id, self.draft_tip, self.overtaken = self._next_request_id, tip, ()
+        self._draft_nodes = max_nodes
         self._next_request_id += 1
         self.commands.append(RequestDraft(self.draft_id, self.frontier, tip.path(), max_nodes, branches, cutoff, split))
         return True

@@ -32,7 +32,7 @@ from pipesim.scheduling.generation import Generation
 from pipesim.scheduling.partitions import CANONICAL
 from pipesim.scheduling.policy import Policy
 from pipesim.scheduling.runs import END, RunKind, SequenceRemove
-from pipesim.scheduling.speculation import InFlightRun, advance
+from pipesim.scheduling.speculation import InFlightRun
 
 
 @dataclass(slots=True)
@@ -202,11 +202,13 @@ class Scheduler:
 
     def _draft_returned(self, event: DraftReturned) -> None:
         generation = self.generation
-        tip = generation.draft_tip
+        tip, overtaken = generation.draft_tip, generation.overtaken
         if tip is None or event.request_id != generation.draft_id:
             return  # its context died while it was drafted, or a newer request took its place
         generation.abandon_draft()
-        self.policy.draft_returned(generation, tip, event.tree)
+        tree = event.tree.after(overtaken)
+        if tree.tokens or not overtaken:  # the text has gone another way than a late draft: it says nothing
+            self.policy.draft_returned(generation, tip, tree)
 
     def _run_returned(self, event: RunReturned) -> None:
         generation = self.generation
@@ -254,11 +256,9 @@ class Scheduler:
         generation = self.generation
         self.statistics.drafted_verified += len(generation.root.children)
         self.statistics.drafted_accepted += token in generation.root.children
-        generation.text.append(token)
-        generation.root = advance(generation.root, token)
+        generation.commit(token)
         if generation.root.run is not None:
             generation.root.run.useful_rows += 1
-        generation.new_root()
         self._prefilling = False
         if token in generation.stop_tokens:
             return FinishReason.STOP

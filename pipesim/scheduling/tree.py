@@ -45,6 +45,27 @@ class DraftTree:
             return min(1, len(self.parents))
         return len(self.tokens) - len({parent for parent in self.parents if parent >= 0})
 
+    def after(self, path: Sequence[int]) -> "DraftTree":
+        """What hangs below ``path``: the tree of a context that went on with those tokens. Empty if it has them not."""
+        if not path:
+            return self
+        edges = list(zip(self.tokens, self.parents, strict=True))
+        node = -1
+        for token in path:
+            if (token, node) not in edges:
+                return DraftTree()
+            node = edges.index((token, node))
+        renumbered = {node: -1}
+        for i, parent in enumerate(self.parents):
+            if parent in renumbered:
+                renumbered[i] = len(renumbered) - 1
+        kept = [i for i in renumbered if i != node]
+        return DraftTree(
+            tuple(self.tokens[i] for i in kept),
+            tuple(renumbered[self.parents[i]] for i in kept),
+            tuple(self.confidences[i] for i in kept),
+        )
+
 
 def grow_tree(
     candidates: Callable[[tuple[int, ...]], Sequence[Candidate]],

@@ -47,10 +47,39 @@ def test_ngram_continues_as_the_longest_match_did() -> None:
     assert draft(drafter, request(8, nodes=3)).tokens == (3, 9, 2)  # (1, 2) -> 3, although (2,) -> 4 is newer
 
 
-def test_ngram_ranks_by_frequency_then_recency_and_counts_confidence() -> None:
-    drafter = NgramDrafter(longest=1)
+def test_ngram_ranks_longer_matches_first_then_newer_ones() -> None:
+    drafter = NgramDrafter()
     drafter.start([7, 1, 7, 2, 7, 1, 7, 3, 7], Sampling())
-    assert drafter.candidates_after(drafter.text, ()) == [(1, 2 / 5), (3, 1 / 5), (2, 1 / 5)]
+    assert [token for token, _ in drafter.candidates_after(drafter.text, ())] == [3, 1, 2]
+    drafter.start([5, 7, 1, 7, 2, 7, 3, 5, 7], Sampling())
+    assert drafter.candidates_after(drafter.text, ())[0][0] == 1, "only 1 followed (5, 7)"
+
+
+def test_ngram_is_as_confident_as_its_matches_of_that_length_were_right_lately() -> None:
+    drafter = NgramDrafter()
+
+    def confidence() -> float:
+        return drafter.candidates_after(drafter.text, ())[0][1]
+
+    drafter.start([1, 2, 3, 4, 5, 6, 7, 8, 1, 2], Sampling())
+    unproven = confidence()
+    drafter.extend([3, 4, 5, 6, 7, 8, 1, 2])
+    proven = confidence()
+    assert proven > unproven
+    for token in range(10, 60, 2):
+        drafter.extend([1, 2, 3, token])  # it goes another way each time
+    drafter.extend([1, 2, 3])
+    assert confidence() < 0.2
+    assert all(0 < one[1] <= 1 for one in drafter.candidates_after(drafter.text, ()))
+
+
+@given(st.lists(st.integers(0, 2), min_size=2, max_size=40), st.integers(1, 4))
+def test_ngram_candidates_rank_by_confidence_and_share_at_most_one(text: list[int], longest: int) -> None:
+    drafter = NgramDrafter(longest)
+    drafter.start(text, Sampling())
+    confidences = [confidence for _, confidence in drafter.candidates_after(text, ())]
+    assert confidences == sorted(confidences, reverse=True)
+    assert sum(confidences) <= 1
 
 
 def test_ngram_learns_what_is_committed_and_forgets_with_a_new_text() -> None:
@@ -64,17 +93,18 @@ def test_ngram_learns_what_is_committed_and_forgets_with_a_new_text() -> None:
     assert draft(drafter, request(2)) == DraftTree()
 
 
-@given(st.lists(st.integers(0, 3), min_size=2, max_size=40))
-def test_ngram_finds_what_a_scan_of_the_text_finds(text: list[int]) -> None:
-    drafter = NgramDrafter(longest=3)
+@given(st.lists(st.integers(0, 3), min_size=2, max_size=30), st.integers(1, 4))
+def test_ngram_finds_what_a_scan_of_the_text_finds(text: list[int], longest: int) -> None:
+    drafter = NgramDrafter(longest)
     drafter.start(text, Sampling())
-    expected: set[int] = set()
-    for length in (3, 2, 1):
-        suffix = text[-length:]
-        expected = {text[i + length] for i in range(len(text) - length) if text[i : i + length] == suffix}
-        if expected and len(suffix) == length:
+    expected = None
+    for length in range(min(longest, len(text) - 1), 0, -1):
+        followers = [text[i + length] for i in range(len(text) - length) if text[i : i + length] == text[-length:]]
+        if followers:
+            expected = followers[-1]
             break
-    assert {token for token, _ in drafter.candidates_after(text, ())} == expected
+    candidates = drafter.candidates_after(text, ())
+    assert (candidates[0][0] if candidates else None) == expected
 
 
 # planted

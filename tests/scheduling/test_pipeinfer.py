@@ -247,8 +247,34 @@ def test_a_drafter_without_any_candidate_is_asked_once_per_commit(policy: PipeIn
     assert world.request is not None
 
 
-def test_a_draft_whose_context_died_is_replaced_by_a_request_from_the_new_text() -> None:
-    world = started(PipeInfer())
+def overtaken(policy: PipeInfer) -> World:
+    """The draft that was asked for after the first token is still under way when the second one is committed."""
+    world = started(policy)
+    world.compute()
+    world.return_run()
+    assert world.scheduler.generation.overtaken == (TRUTH[1],)
+    return world
+
+
+def test_a_late_draft_that_agrees_with_the_text_loses_what_is_known_and_is_used() -> None:
+    world = overtaken(PipeInfer())
+    assert world.request is not None
+    assert world.request.frontier == len(PROMPT) + 1, "nobody asked anew"
+    world.answer_draft(chain(*TRUTH[1:4]))
+    assert world.submitted[-1].tokens == tuple(TRUTH[2:4])
+    assert world.submitted[-1].positions == (len(PROMPT) + 2, len(PROMPT) + 3)
+
+
+def test_a_late_draft_that_contradicts_the_text_is_replaced_by_a_request_from_the_new_text() -> None:
+    world = overtaken(PipeInfer())
+    world.answer_draft(chain(wrong(TRUTH[1]), 0))
+    assert kinds(world).count(RunKind.SPECULATIVE) == 0
+    assert world.request is not None
+    assert world.request.frontier == len(PROMPT) + 2
+
+
+def test_a_draft_that_can_only_hold_what_is_known_is_not_waited_for() -> None:
+    world = started(PipeInfer(micro_batch=1))
     old = world.request
     assert old is not None
     world.compute()
@@ -257,6 +283,19 @@ def test_a_draft_whose_context_died_is_replaced_by_a_request_from_the_new_text()
     assert world.request.request_id > old.request_id
     world.request = replace(world.request, request_id=old.request_id)
     assert not world.answer_draft(chain(TRUTH[1]))
+
+
+def test_a_draft_below_a_contradicted_token_is_replaced_by_a_request_from_the_new_text() -> None:
+    world = started(PipeInfer(micro_batch=2))
+    world.answer_draft(chain(wrong(TRUTH[1]), 0))
+    old = world.request
+    assert old is not None
+    assert old.path == (wrong(TRUTH[1]), 0)
+    world.compute()
+    world.return_run()
+    assert world.request is not None
+    assert world.request.request_id > old.request_id
+    assert world.request.path == ()
 
 
 def test_no_token_is_drafted_whose_successor_lies_beyond_the_end() -> None:

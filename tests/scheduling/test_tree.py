@@ -60,6 +60,21 @@ def test_there_are_never_more_leaves_than_branches(branches: int) -> None:
     assert len(tree.tokens) <= 20
 
 
+@given(parents=st.lists(st.integers(-1, 8), max_size=8), path=st.lists(st.integers(0, 8), max_size=3))
+def test_what_hangs_below_a_path_is_the_tree_of_a_later_context(parents: list[int], path: list[int]) -> None:
+    parents = [parent % (i + 1) - 1 if i else -1 for i, parent in enumerate(parents)]
+    tree = DraftTree(tuple(range(len(parents))), tuple(parents), (0.5,) * len(parents))
+
+    def paths(tree: DraftTree) -> list[tuple[int, ...]]:
+        found: list[tuple[int, ...]] = []
+        for token, parent in zip(tree.tokens, tree.parents, strict=True):
+            found.append((*(found[parent] if parent >= 0 else ()), token))
+        return found
+
+    below = [one[len(path) :] for one in paths(tree) if len(one) > len(path) and one[: len(path)] == tuple(path)]
+    assert paths(tree.after(path)) == below
+
+
 def test_a_tree_validates_itself() -> None:
     with pytest.raises(ValueError, match="parents before children"):
         DraftTree((1,), (0,), (0.5,))
