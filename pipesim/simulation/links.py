@@ -32,15 +32,22 @@ class LinkModel:
         self._ns_per_byte = 8.0 / link.bandwidth_gbps if link.bandwidth_gbps else 0.0
         self._free_at = 0
 
-    def send(self, now: int, size_bytes: int, then: Callable[[Passage, T], None], value: T) -> None:
-        """Puts a message on the link at ``now``; it arrives never before an earlier message.
+    def passage(self, now: int, size_bytes: int) -> Passage:
+        """How a message crosses that is put on the link at ``now``; it arrives never before an earlier message.
 
-        Calls ``then(passage, value)`` as soon as the passage is known, at once or later, but not after the arrival.
+        Real senders of an emulated link ask for this by the clock on the wall.
         """
         self.sent_bytes += size_bytes
         start = self._free_at if self._free_at > now else now
         self._free_at = sent = start + round(size_bytes * self._ns_per_byte)
-        then((start, sent, sent + self._latency), value)
+        return start, sent, sent + self._latency
+
+    def send(self, now: int, size_bytes: int, then: Callable[[Passage, T], None], value: T) -> None:
+        """Puts a message on the link at ``now``, as ``passage``.
+
+        Calls ``then(passage, value)`` as soon as the passage is known, at once or later, but not after the arrival.
+        """
+        then(self.passage(now, size_bytes), value)
 
 
 def metadata_bytes(run: Run) -> int:
@@ -51,6 +58,21 @@ def metadata_bytes(run: Run) -> int:
 def tokens_bytes(tokens: int) -> int:
     """Token ids: what the head sends to the first stage beside the metadata, and what the last stage sends home."""
     return tokens * TOKEN_BYTES
+
+
+def result_bytes(predictions: int) -> int:
+    """What comes home of a run: a token for each row that was asked for, none of a void run."""
+    return HEADER_BYTES + tokens_bytes(predictions)
+
+
+def cancellation_bytes(runs: int) -> int:
+    """The head's word to a stage that so many runs are dead."""
+    return HEADER_BYTES + tokens_bytes(runs)
+
+
+def request_bytes(news: int, path: int) -> int:
+    """A draft request: the committed tokens that are news to the drafter, and those that it shall draft after."""
+    return HEADER_BYTES + tokens_bytes(news + path)
 
 
 def draft_bytes(nodes: int) -> int:

@@ -8,10 +8,10 @@ Links deliver in order, as TCP does: a message that is late, by jitter or loss, 
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
-from pipesim.scenario import LinkFault, LinkPlan, Scenario
+from pipesim.scenario import Fault, LinkFault, LinkPlan, Scenario
 from pipesim.scenario.faults import BandwidthFault, JitterFault, LatencyFault, LossFault, PartitionFault
 from pipesim.simulation.courses import (
     NS_PER_MS,
@@ -51,25 +51,37 @@ class Interface:
         return start, self._free_at
 
 
+class Entrance:
+    """Where a link enters a device through ``interface``, which other links may enter, too."""
+
+    def __init__(self, interface: Interface) -> None:
+        self._interface = interface
+        self._first_arrival = 0  # of the message before
+
+    def reached(self, passage: Passage, size_bytes: int) -> int:
+        """When the first bit of a message is there that crossed the link."""
+        start, end, arrival = passage
+        # a slow or interrupted link fills the interface with gaps for others
+        busy = min(end - start, self._interface.needs(size_bytes))
+        self._first_arrival = max(self._first_arrival, arrival - busy)
+        return self._first_arrival
+
+    def entered(self, now: int, passage: Passage, size_bytes: int) -> Passage:
+        """The whole way of the message whose first bit is there ``now``: asked in this order for all links."""
+        start, end, arrival = passage
+        return start, end, max(arrival, self._interface.enter(now, size_bytes)[1])
+
+
 class VaryingLink(LinkModel):
-    """A link whose speed changes, by its profile, by chance and by faults, or that shares an interface.
+    """A link whose speed changes, by its profile, by chance and by faults, or that leaves through a shared interface.
 
     Every effective value is computed at the moment of use, from the link's own and the faults active then; nothing is
     saved and put back. Chance is drawn by (seed, link name, message number).
     """
 
-    def __init__(
-        self,
-        clock: Clock,
-        plan: LinkPlan,
-        faults: list[LinkFault],
-        seed: int,
-        egress: Interface | None = None,
-        ingress: Interface | None = None,
-    ) -> None:
+    def __init__(self, plan: LinkPlan, faults: Sequence[LinkFault], seed: int, egress: Interface | None = None) -> None:
         super().__init__(plan.name, plan.link)
         link = plan.link
-        self._clock = clock
         self._link = link
         self._base_latency = latency_course(plan)
         self._bandwidth = bandwidth_course(plan)
@@ -81,11 +93,11 @@ class VaryingLink(LinkModel):
         self._cap = overlay(caps, partial(min, default=math.inf)) or _NO_CAP
         self._chance = stream(seed, f"link {plan.name}")
         self._messages = 0
-        self._egress, self._ingress = egress, ingress
-        self._first_arrival = self._last_arrival = 0  # of the message before: its first bit, its last
+        self._egress = egress
+        self._last_arrival = 0  # of the message before
 
-    def send(self, now: int, size_bytes: int, then: Callable[[Passage, T], None], value: T) -> None:
-        """As ``LinkModel.send``. Into a shared interface, messages of all its links go in order of arrival."""
+    def passage(self, now: int, size_bytes: int) -> Passage:
+        """As ``LinkModel.passage``."""
         self.sent_bytes += size_bytes
         start, leaves = self._egress.enter(now, size_bytes) if self._egress else (now, now)
         start = self._restored(max(start, self._free_at))
@@ -94,17 +106,7 @@ class VaryingLink(LinkModel):
         while (restored := self._restored(arrival)) > arrival:  # lost in a partition: sent again at its end
             arrival = restored + self._latency_at(restored)
         self._free_at, self._last_arrival = end, arrival
-        ingress, clock = self._ingress, self._clock
-        if ingress is None:
-            then((start, end, arrival), value)
-            return
-
-        def enter(_: object) -> None:
-            then((start, end, max(arrival, ingress.enter(clock.now, size_bytes)[1])), value)
-
-        busy = min(end - start, ingress.needs(size_bytes))  # a slow or interrupted link fills it with gaps for others
-        self._first_arrival = max(self._first_arrival, arrival - busy)
-        clock.at(self._first_arrival, enter)
+        return start, end, arrival
 
     def _restored(self, time: int) -> int:
         """``time``, or the end of the partition that it falls into."""
@@ -137,6 +139,32 @@ class VaryingLink(LinkModel):
             packets = max(1, -(-size_bytes // link.mtu_bytes))
             delay += pause * losses(1.0 - unit(mix(chance + 1)), packets, self._loss, time, pause)
         return delay
+
+
+class EnteringLink(VaryingLink):
+    """A link into a shared interface, which messages of all its links pass in order of arrival."""
+
+    def __init__(
+        self,
+        clock: Clock,
+        ingress: Interface,
+        plan: LinkPlan,
+        faults: Sequence[LinkFault],
+        seed: int,
+        egress: Interface | None,
+    ) -> None:
+        super().__init__(plan, faults, seed, egress)
+        self._clock = clock
+        self._entrance = Entrance(ingress)
+
+    def send(self, now: int, size_bytes: int, then: Callable[[Passage, T], None], value: T) -> None:
+        """As ``LinkModel.send``."""
+        passage = self.passage(now, size_bytes)
+
+        def enter(_: object) -> None:
+            then(self._entrance.entered(self._clock.now, passage, size_bytes), value)
+
+        self._clock.at(self._entrance.reached(passage, size_bytes), enter)
 
 
 def losses(chance: float, packets: int, loss: Course, time: int, pause: int) -> int:
@@ -181,18 +209,30 @@ class Network:
         return iter((*self.data, *self.control, self.to_drafter, self.from_drafter))
 
     def _make(self, index: int, plan: LinkPlan) -> LinkModel:
-        """A plain link, unless more is asked of it."""
-        targets = (plan.name, plan.group, "all", index if plan.group == "data" else plan.name)
-        faults = [fault for fault in self._scenario.faults if isinstance(fault, LinkFault) and fault.link in targets]
-        link, leaves_device = plan.link, plan.source != plan.target
+        seed, faults = self._scenario.seed, faults_of(self._scenario.faults, index, plan)
+        leaves_device = plan.source != plan.target
         egress = self._egress.get(plan.source or "") if leaves_device else None
         ingress = self._ingress.get(plan.target or "") if leaves_device else None
-        if faults or link.jitter_ms or link.loss or link.profile or egress or ingress:
-            return VaryingLink(self._clock, plan, faults, self._scenario.seed, egress, ingress)
-        return LinkModel(plan.name, link)
+        if ingress:
+            return EnteringLink(self._clock, ingress, plan, faults, seed, egress)
+        return make_link(plan, faults, seed, egress)
 
 
-def _effects(faults: list[LinkFault], kind: type, strength: str | None = None) -> list[tuple[int, int, float]]:
+def make_link(plan: LinkPlan, faults: Sequence[LinkFault], seed: int, egress: Interface | None = None) -> LinkModel:
+    """A plain link, unless more is asked of it."""
+    link = plan.link
+    if faults or link.jitter_ms or link.loss or link.profile or egress:
+        return VaryingLink(plan, faults, seed, egress)
+    return LinkModel(plan.name, link)
+
+
+def faults_of(faults: Iterable[Fault], index: int, plan: LinkPlan) -> tuple[LinkFault, ...]:
+    """Those that hit the link which is number ``index`` of the scenario's."""
+    targets = (plan.name, plan.group, "all", index if plan.group == "data" else plan.name)
+    return tuple(fault for fault in faults if isinstance(fault, LinkFault) and fault.link in targets)
+
+
+def _effects(faults: Sequence[LinkFault], kind: type, strength: str | None = None) -> list[tuple[int, int, float]]:
     """Start, end and strength of the faults of one kind; strength 0 where a kind has none."""
     return [
         (*active_ns(fault.start_ms, fault.duration_ms), getattr(fault, strength) if strength else 0.0)

@@ -20,7 +20,7 @@ from pipesim.simulation.devices import Call, Clock, Device
 from pipesim.simulation.drafter import DrafterServer, DraftJob
 from pipesim.simulation.faults import Crashes, MortalStageServer, stage_pace
 from pipesim.simulation.latency import decompose, path_parts
-from pipesim.simulation.links import HEADER_BYTES, Passage, draft_bytes, tokens_bytes
+from pipesim.simulation.links import Passage, cancellation_bytes, draft_bytes, request_bytes, result_bytes, tokens_bytes
 from pipesim.simulation.network import Network
 from pipesim.simulation.stage import Frame, StageServer
 from pipesim.trace import Trace
@@ -161,13 +161,13 @@ class Simulation:
         self._network.data[0].send(now, size, self.stages[0].arrive, frame)
 
     def _cancel(self, run_ids: tuple[int, ...]) -> None:
-        size = HEADER_BYTES + tokens_bytes(len(run_ids))
+        size = cancellation_bytes(len(run_ids))
         for link, stage in zip(self._network.control, self.stages, strict=True):
             link.send(self.clock.now, size, stage.cancel, run_ids)
 
     def _request_draft(self, request: RequestDraft) -> None:
         """Sends the request with the text that the drafter has not seen yet."""
-        size = HEADER_BYTES + tokens_bytes(request.frontier - self._told_drafter + len(request.path))
+        size = request_bytes(request.frontier - self._told_drafter, len(request.path))
         self._told_drafter = request.frontier
         text = self.observer.scheduler.generation.text
         previous = request.path[-1] if request.path else text[request.frontier - 1]
@@ -200,7 +200,7 @@ class Simulation:
         if not frame.void:
             rows = range(run.first_output_row, run.rows)
             predictions = tuple(self.truth.next(run.positions[row] + 1, run.tokens[row]) for row in rows)
-        size = HEADER_BYTES + tokens_bytes(len(predictions or ()))
+        size = result_bytes(len(predictions or ()))
         self._network.data[-1].send(
             self.clock.now, size, self._come_home, (RunReturned(run.run_id, predictions), frame)
         )

@@ -4,16 +4,16 @@ What is known when it is sent needs no event of its own: a frame waits in the in
 cancellation is looked up when its run's turn comes. On a machine of its own a live run costs one event: it is done.
 """
 
-import math
 from collections import deque
 from collections.abc import Callable, Sequence
 
 from pipesim.recorder import Observer
 from pipesim.scenario import StagePlan
 from pipesim.scheduling.runs import Run
-from pipesim.simulation.courses import Course, work_end
+from pipesim.simulation.courses import Course
 from pipesim.simulation.devices import Call, Clock, Device
 from pipesim.simulation.links import Passage, metadata_bytes
+from pipesim.simulation.times import StageTimes
 
 
 class Frame:
@@ -56,12 +56,10 @@ class StageServer:
         self.name = plan.name
         self._clock = clock
         self._index = index
-        self._layers = plan.layers
-        self._seconds = plan.cost_model().seconds
+        self._times = StageTimes(plan, pace)
         self._device = device
         self._record = observer.stage_span
         self._leave = leave
-        self._pace = pace
         self._inbox: deque[Frame] = deque()  # here or on the wire, in order of arrival
         self._current: Frame | None = None
         self._resting = True  # no frame here or on the wire
@@ -89,9 +87,9 @@ class StageServer:
         time = passage[2]
         for run_id in run_ids:
             if run_id > self._last_id:
-                self._dead[run_id] = time
+                self._dead[run_id] = min(time, self._dead.get(run_id, time))
         if self._start >= 0 and self._current is not None and self._current.run_id in run_ids:
-            end = self._cut(self._end, time)
+            end = self._times.cut(self._start, self._work, self._end, time)
             if end < self._end:
                 self._finish_at(end)
 
@@ -145,24 +143,12 @@ class StageServer:
     def _begin_at(self, start: int) -> None:
         frame = self._current
         assert frame is not None
-        run = frame.run
         self._start = start
-        self._work = work = max(1, round(self._seconds(run.kind, run.rows, frame.context) * 1e9))
-        end = start + work if self._pace is None else round(work_end(start, work, self._pace))
+        self._work = work = self._times.work(frame.run, frame.context)
+        end = self._times.end(start, work)
         if frame.run_id in self._dead:  # it may have died while it waited for the core, or is going to
-            end = self._cut(end, self._dead[frame.run_id])
+            end = self._times.cut(start, work, end, self._dead[frame.run_id])
         self._finish_at(end)
-
-    def _cut(self, end: int, died: int) -> int:
-        """When a run that is to be computed until ``end`` stops: at the first layer boundary after its death."""
-        if died >= end:
-            return end
-        start, layers, pace = self._start, self._layers, self._pace
-        if pace is not None:
-            boundaries = (work_end(start, self._work * layer / layers, pace) for layer in range(layers))
-            return min(end, next((math.ceil(boundary) for boundary in boundaries if boundary >= died), end))
-        done = -(-max(0, died - start) * layers // self._work)
-        return start - (-done * self._work // layers)
 
     def _finish_at(self, end: int) -> None:
         self._end = end

@@ -30,7 +30,7 @@ MANY = 20_000
 
 
 def link(*faults: LinkFault, name: str = "l", seed: int = 1, **settings: Any) -> VaryingLink:
-    return VaryingLink(Clock(), LinkPlan(name, "data", Link(**settings), None, None), list(faults), seed)
+    return VaryingLink(LinkPlan(name, "data", Link(**settings), None, None), list(faults), seed)
 
 
 def delays_ms(one: VaryingLink, count: int = MANY, size_bytes: int = 1000, gap_ms: float = 1e6) -> list[float]:
@@ -186,10 +186,10 @@ def test_a_cap_counts_where_it_is_below_a_ramp() -> None:
     ramp = {"points": [{"at_ms": 0, "bandwidth_gbps": 1}, {"at_ms": 10, "bandwidth_gbps": 3}], "shape": "ramps"}
     scenario = build(f"cluster.links={{profile: {ramp}}}")
     cap = BandwidthFault(kind="bandwidth", start_ms=0, duration_ms=50, cap_gbps=2)
-    one = VaryingLink(Clock(), scenario.links()[0], [cap], 1)
+    one = VaryingLink(scenario.links()[0], [cap], 1)
     assert pass_over(one, 0, (7_500_000 + 2_000_000) // 8)[1] == pytest.approx(6 * MS, abs=2)
     down = {"points": [{"at_ms": 0, "bandwidth_gbps": 3}, {"at_ms": 10, "bandwidth_gbps": 1}], "shape": "ramps"}
-    one = VaryingLink(Clock(), build(f"cluster.links={{profile: {down}}}").links()[0], [cap], 1)
+    one = VaryingLink(build(f"cluster.links={{profile: {down}}}").links()[0], [cap], 1)
     assert pass_over(one, 0, (10_000_000 + 1_900_000) // 8)[1] == pytest.approx(6 * MS, abs=2)
 
 
