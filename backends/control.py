@@ -124,17 +124,25 @@ class StartText(msgspec.Struct, frozen=True, tag="start", forbid_unknown_fields=
 class ExtendText(msgspec.Struct, frozen=True, tag="extend", forbid_unknown_fields=True):
     """Head -> drafter: these tokens were committed."""
 
+    session: int
     tokens: tuple[int, ...]
 
 
 class DraftOrder(msgspec.Struct, frozen=True, tag="order", forbid_unknown_fields=True):
     """Head -> drafter: draft a tree; the first ``request.frontier`` tokens are known by now."""
 
+    session: int
     request: RequestDraft
 
 
+class EndText(msgspec.Struct, frozen=True, tag="end", forbid_unknown_fields=True):
+    """Head -> drafter: the text is complete, nobody waits for a draft of it."""
+
+    session: int
+
+
 class TraceText(msgspec.Struct, frozen=True, tag="trace", forbid_unknown_fields=True):
-    """Head -> drafter: what would you propose all along ``tokens``? Ends the text that was started before."""
+    """Head -> drafter: what would you propose all along ``tokens``? Ends the session's text, if one was started."""
 
     session: int
     tokens: tuple[int, ...]
@@ -162,7 +170,7 @@ class DraftReply(msgspec.Struct, frozen=True, tag="draft", forbid_unknown_fields
 
 ToNode = ConfigureStage | ConfigureDrafter | Connect | Reset | Cancel | Heartbeat
 FromNode = Ready | Connected | Beat | Failed | LinkLost
-ToDrafter = StartText | ExtendText | DraftOrder | TraceText
+ToDrafter = StartText | ExtendText | DraftOrder | EndText | TraceText
 FromDrafter = DraftReply | TraceReply
 
 _Message = TypeVar("_Message")

@@ -9,7 +9,9 @@ from backends.compute import ComputeThread
 from backends.control import (
     TO_DRAFTER,
     ConfigureDrafter,
+    DraftOrder,
     DraftReply,
+    EndText,
     ExtendText,
     FromDrafter,
     Planted,
@@ -33,30 +35,32 @@ _log = logging.getLogger(__name__)
 
 
 class DrafterLease(Lease):
-    """The drafter of one head. What arrives on the draft stream is carried out in order."""
+    """The drafter of one head. What arrives on the draft stream is carried out in order; each session has its text."""
 
     def __init__(self, order: ConfigureDrafter, compute: ComputeThread) -> None:
         super().__init__(order.token, compute)
         name_node("drafter")
         self._replies: asyncio.Queue[FromDrafter | None] = asyncio.Queue()
-        self._received = 0  # texts and orders: each makes the orders before it pointless
-        self._session = -1
+        self._received = 0
+        self._latest: dict[int, int] = {}  # session -> its newest message that makes the orders before it pointless
         self._order = order
-        self._drafter: Drafter | None = None
+        self._loaded: Drafter | None = None
+        self._texts: dict[int, Drafter] = {}
         compute.submit(self._load, self.fail)
 
     def _load(self) -> None:
         start = time.monotonic()
         if self._order.drafter != "planted":  # that one needs to know the text first
-            self._drafter = load_drafter(self._order)
+            self._loaded = load_drafter(self._order)
         event(_log, logging.INFO, "loaded", drafter=self._order.drafter, seconds=round(time.monotonic() - start, 3))
         self.tell(Ready())
 
     def receive(self, data: bytes) -> None:
         """Takes one message of the draft stream. Raises FrameError for anything else."""
         message = unpack(TO_DRAFTER, data)
+        self._received += 1
         if not isinstance(message, ExtendText):
-            self._received += 1
+            self._latest[message.session] = self._received
         number = self._received
         self.compute.submit(lambda: self._carry_out(message, number), self.fail)
 
@@ -72,54 +76,70 @@ class DrafterLease(Lease):
     def _carry_out(self, message: ToDrafter, number: int) -> None:
         if self.closed or self.failed:
             return
-        if isinstance(message, StartText | TraceText):
-            self._session = message.session
-            if message.planted:
-                self._drafter = plant(message.planted, message.sampling.seed, self._order.vocabulary)
-        if isinstance(message, StartText):
-            self._current().start(message.prompt, message.sampling)
-        elif isinstance(message, TraceText):
-            self._trace(message, number)
-        elif isinstance(message, ExtendText):
-            self._current().extend(message.tokens)
-        else:
-            self.from_thread(self._replies.put_nowait, self._draft(message.request, number))
+        match message:
+            case StartText(session, prompt, sampling, planted):
+                self._begin(session, sampling.seed, planted).start(prompt, sampling)
+            case ExtendText(session, tokens):
+                self._text(session).extend(tokens)
+            case DraftOrder(session, request):
+                self.from_thread(self._replies.put_nowait, self._draft(session, request, number))
+            case EndText(session):
+                self._end(session)
+            case TraceText():
+                self._trace(message, number)
+
+    def _begin(self, session: int, seed: int, planted: Planted | None) -> Drafter:
+        """The drafter of a new text, or of one that begins anew."""
+        if planted:
+            self._texts[session] = plant(planted, seed, self._order.vocabulary)
+        elif session not in self._texts:
+            if self._loaded is None:
+                raise InvariantError(f"the drafter {self._order.drafter} got a text without what it shall replay")
+            self._texts[session] = self._loaded.another()
+        return self._texts[session]
+
+    def _text(self, session: int) -> Drafter:
+        if session not in self._texts:
+            raise InvariantError(f"the drafter {self._order.drafter} got work for session {session}, which has no text")
+        return self._texts[session]
+
+    def _end(self, session: int) -> None:
+        if session in self._texts:
+            self._texts.pop(session).end()
+        self._latest.pop(session, None)
 
     def _trace(self, message: TraceText, number: int) -> None:
         def abandoned() -> bool:
-            return self._abandoned(number)
+            return self._abandoned(message.session, number)
 
-        candidates = self._current().trace(message.tokens, message.sampling, abandoned)
-        detours = self._current().detours(message.tokens, abandoned)
+        drafter = self._begin(message.session, message.sampling.seed, message.planted)
+        candidates = drafter.trace(message.tokens, message.sampling, abandoned)
+        detours = drafter.detours(message.tokens, abandoned)
         if candidates is not None and not abandoned():
             reply = TraceReply(message.session, tuple(candidates), None if detours is None else tuple(detours))
             self.from_thread(self._replies.put_nowait, reply)
+        self._end(message.session)
 
-    def _current(self) -> Drafter:
-        if self._drafter is None:
-            raise InvariantError(f"the drafter {self._order.drafter} got work before it knew its text")
-        return self._drafter
-
-    def _abandoned(self, number: int) -> bool:
-        """Whether request ``number`` was overtaken; shows a sign of life."""
+    def _abandoned(self, session: int, number: int) -> bool:
+        """Whether message ``number`` was overtaken by another one of its session; shows a sign of life."""
         self.compute.checkpoint()
-        return self.closed or self._received > number
+        return self.closed or self._latest.get(session, number) > number
 
-    def _draft(self, request: RequestDraft, number: int) -> DraftReply:
+    def _draft(self, session: int, request: RequestDraft, number: int) -> DraftReply:
         def abandoned() -> bool:
-            return self._abandoned(number)
+            return self._abandoned(session, number)
 
         start = time.monotonic()
-        tree = None if abandoned() else self._current().draft(request, abandoned)
+        tree = None if abandoned() else self._text(session).draft(request, abandoned)
         end = time.monotonic()
         event(
             *(_log, logging.DEBUG, "abandoned" if tree is None else "drafted"),
-            session=self._session,
+            session=session,
             draft=request.request_id,
             tokens=0 if tree is None else len(tree.tokens),
             ms=1e3 * (end - start),
         )
-        return DraftReply(self._session, request.request_id, tree, start, end)
+        return DraftReply(session, request.request_id, tree, start, end)
 
 
 def load_drafter(order: ConfigureDrafter) -> Drafter:

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from backends.control import DraftOrder, DraftReply, ExtendText, Planted, StartText, TraceReply
+from backends.control import DraftOrder, DraftReply, EndText, ExtendText, Planted, StartText, TraceReply
 from backends.frames import Frame, OpenFrame, ReleaseFrame, ResultFrame, RunFrame
 from backends.logs import event
 from backends.node import Node
@@ -90,6 +90,8 @@ class Head:
                 self._released = scheduler.released  # stages that are reset forget the session by themselves
                 if not self._released:
                     await self._recover()
+        if self._drafts:
+            self._order(EndText(self._session.number))
 
     async def _next_event(self) -> Event | None:
         news = await self._pipeline.inbox.get()
@@ -112,7 +114,7 @@ class Head:
                     self._log(logging.DEBUG, "run submitted", run=run.run_id, kind=run.kind, rows=run.rows)
                     self._sent(0, self._pipeline.send(RunFrame(self._session, run)))
                 case RequestDraft():
-                    self._order(DraftOrder(command))
+                    self._order(DraftOrder(self._session.number, command))
                 case CancelRuns(run_ids):
                     self._log(logging.DEBUG, "runs cancelled", runs=run_ids)
                     size = self._pipeline.cancel(self._session, run_ids)
@@ -123,7 +125,7 @@ class Head:
                     self._log(logging.DEBUG, "tokens committed", tokens=tokens)
                     self._stop_after(self._on_tokens(tokens))
                     if self._drafts:
-                        self._order(ExtendText(tokens))
+                        self._order(ExtendText(self._session.number, tokens))
                 case ReleaseSession():
                     self._log(logging.INFO, "session over")
                     self._sent(0, self._pipeline.send(ReleaseFrame(self._session)))
@@ -147,7 +149,7 @@ class Head:
             text = tuple(self._recorder.scheduler.generation.text)
             self._order(StartText(self._session.number, text, self._sampling, self._planted))
 
-    def _order(self, message: StartText | ExtendText | DraftOrder) -> None:
+    def _order(self, message: StartText | ExtendText | DraftOrder | EndText) -> None:
         if not self._drafts:
             raise InvariantError("the policy asks for drafts, but the pipeline was started without a drafter")
         if self._drafter and not self._drafter.failure:
@@ -225,7 +227,7 @@ class Head:
             raise InvariantError(f"run {frame.run_id} came home with the stamps {frame.stamps}: not one per stage")
         for stage, stamp in zip(self._pipeline.stages, frame.stamps, strict=True):
             offset = stage.clock_offset
-            stage.last_run = max(stage.last_run, frame.run_id)
+            stage.last_run = frame.run_id
             self._recorder.stage_span(stamp.stage, frame.run_id, stamp.start - offset, stamp.end - offset, stamp.void)
             if stamp.stage:
                 self._sent(stamp.stage, stamp.received_bytes)

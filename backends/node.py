@@ -180,7 +180,7 @@ class Node:
             raise FrameError(f"{self.name} answered heartbeat {beat.number}, which was not open")
         for number in [number for number in self._beats if number <= beat.number]:
             del self._beats[number]
-        self.last_run = max(self.last_run, beat.last_run)
+        self.last_run = beat.last_run
         if now - sent < self._best_round_trip:
             self._best_round_trip = now - sent
             self.clock_offset = beat.clock - (now + sent) / 2

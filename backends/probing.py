@@ -103,7 +103,7 @@ class Prober:
         per_level, first_s = [], 0.0
         for number in range(_REPEATS + 1):
             request = RequestDraft(number, len(prompt), (number,) * (number > 0), _DRAFTED, 1, 0.0, 1.0)
-            reply = await self._ask(DraftOrder(request))
+            reply = await self._ask(DraftOrder(self._session.number, request))
             if not isinstance(reply, DraftReply) or reply.tree is None:
                 raise InvariantError(f"draft {number} was abandoned, though nothing else was asked for")
             if number == 0:

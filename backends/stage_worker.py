@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -67,8 +68,17 @@ def load_layers(order: ConfigureStage) -> StageModel:
     return StageModel(source, order.first_layer, order.last_layer, dtype=_DTYPES[order.dtype], threads=order.threads)
 
 
+@dataclass(slots=True)
+class _Course:
+    """How far an open session has come on this stage: ``last_run`` is done, or ``computing`` at this moment."""
+
+    session: Session
+    last_run: int = -1
+    computing: bool = False
+
+
 class StageWorker:
-    """Turns each arriving frame into the frame that leaves.
+    """Turns each arriving frame into the frame that leaves. Sessions know nothing of each other.
 
     ``checkpoint`` is called between layers. All methods but :meth:`cancel` and :meth:`abandon` belong to the compute
     thread.
@@ -79,22 +89,21 @@ class StageWorker:
         self._stage = stage
         self._layers = layers
         self._checkpoint = checkpoint
-        self._open: dict[int, Session] = {}
+        self._open: dict[int, _Course] = {}
         self._cancelled: dict[int, set[tuple[int, int]]] = {}  # session number -> its (epoch, run id)
         self._abandoned = False
         self._closed = -1  # the newest session that is over
-        self._computing = False  # run last_run, at this moment
 
     def cancel(self, session: int, epoch: int, run_ids: Sequence[int]) -> None:
         """Declares runs dead, whether they have arrived yet or not; one that has passed is left alone. From any thread.
 
-        The head's word may overtake the session's first frame, while ``last_run`` still speaks of an earlier session.
+        The head's word may overtake the session's first frame.
         """
-        current = self._open.get(session)
-        if current is None and session <= self._closed:
+        course = self._open.get(session)
+        if course is None and session <= self._closed:
             return
-        is_open = current is not None and current.epoch == epoch
-        next_run = self.last_run + (not self._computing) if is_open else 0
+        is_open = course is not None and course.session.epoch == epoch
+        next_run = course.last_run + (not course.computing) if course and is_open else 0
         dead = self._cancelled.setdefault(session, set())
         dead.update((epoch, run_id) for run_id in run_ids if run_id >= next_run)
 
@@ -121,9 +130,9 @@ class StageWorker:
                 if session.number in self._open:  # a new epoch begins with empty cells
                     self._close(session.number)
                 self._layers.open_session(session.number, kv_cells, sequences, sampling)
-                self._open[session.number] = session
-                event(_log, logging.INFO, "session opened", session=session.number, epoch=session.epoch)
+                self._open[session.number] = _Course(session)
                 self.last_run = -1
+                event(_log, logging.INFO, "session opened", session=session.number, epoch=session.epoch)
                 return frame
             case ReleaseFrame(session):
                 self._expect(session)
@@ -140,17 +149,20 @@ class StageWorker:
         del self._open[number]
         self._cancelled.pop(number, None)
 
-    def _expect(self, session: Session) -> None:
-        if self._open.get(session.number) != session:
+    def _expect(self, session: Session) -> _Course:
+        course = self._open.get(session.number)
+        if course is None or course.session != session:
             raise FrameError(f"session {session.number} epoch {session.epoch} is not open on stage {self._stage}")
+        return course
 
     def _run(self, frame: RunFrame, received_bytes: int) -> Frame:
         start = time.monotonic()
         run, session = frame.run, frame.session
-        self._expect(session)
-        if run.run_id <= self.last_run:
-            raise FrameError(f"run {run.run_id} reached stage {self._stage} after run {self.last_run} (I2)")
-        self._computing, self.last_run = True, run.run_id
+        course = self._expect(session)
+        if run.run_id <= course.last_run:
+            raise FrameError(f"run {run.run_id} reached stage {self._stage} after run {course.last_run} (I2)")
+        self.last_run = course.last_run = run.run_id
+        course.computing = True
         key = (session.epoch, run.run_id)
         cancelled = self._cancelled.setdefault(session.number, set())
 
@@ -163,7 +175,7 @@ class StageWorker:
         if not frame.void and not should_stop():
             hidden = _to_tensor(frame.activation) if frame.activation else None
             output = self._layers.forward(session.number, run, hidden, cells, should_stop)
-        self._computing = False
+        course.computing = False
         cancelled.discard(key)
         end = time.monotonic()
         void = output is None

@@ -1,7 +1,9 @@
 """What every drafter has in common: it follows the committed text and answers draft requests with trees."""
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Self
 
 from backends.sampling import Sampling
 from pipesim.errors import InvariantError
@@ -27,6 +29,17 @@ class Drafter(ABC):
     def __init__(self) -> None:
         self.text: list[int] = []
         self.sampling = Sampling()
+
+    def another(self) -> Self:
+        """A drafter of the same kind for another text at the same time; weights are shared, texts and caches are not.
+
+        It must be told to :meth:`start` first.
+        """
+        return copy.copy(self)
+
+    def end(self) -> None:
+        """The text is over: frees its caches."""
+        self.text = []
 
     def start(self, prompt: Sequence[int], sampling: Sampling) -> None:
         """A new generation begins; ``sampling`` is the target's, since drafters share its noise."""

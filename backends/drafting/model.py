@@ -1,6 +1,8 @@
 """Drafting with a model: a smaller one of the same vocabulary, or any other that runs in this process."""
 
+import itertools
 from collections.abc import Callable, Sequence
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +19,7 @@ from pipesim.scheduling.tree import Candidate
 
 _NODES = 128  # tree nodes computed per request at most, one sequence and one KV cell each
 _EVERYONE = (1 << _NODES + 1) - 1
-_SESSION = 0
+_sessions = itertools.count()
 
 Path = tuple[int, ...]
 
@@ -44,7 +46,7 @@ class ModelDrafter(Drafter):
             )
         super().__init__()
         self._model, self._max_context, self._vocabulary = model, max_context, vocabulary
-        self._open = False
+        self._session: int | None = None  # of the draft model, while there is a text
         self._forget()
 
     def _forget(self) -> None:
@@ -56,12 +58,23 @@ class ModelDrafter(Drafter):
 
     def start(self, prompt: Sequence[int], sampling: Sampling) -> None:
         """A new generation begins, with empty KV cells."""
-        if self._open:
-            self._model.close_session(_SESSION)
-        self._model.open_session(_SESSION, self._max_context + _NODES, _NODES + 1, sampling)
-        self._open = True
+        self.end()
+        self._session = next(_sessions)
+        self._model.open_session(self._session, self._max_context + _NODES, _NODES + 1, sampling)
         self._forget()
         super().start(prompt, sampling)
+
+    def another(self) -> Self:
+        """As the base's."""
+        fresh = super().another()
+        fresh._session = None
+        return fresh
+
+    def end(self) -> None:
+        """As the base's."""
+        if self._session is not None:
+            self._model.close_session(self._session)
+            self._session = None
 
     def prepare(self, context: Sequence[int], request: RequestDraft, abandoned: Callable[[], bool]) -> None:
         """Brings the KV cells to ``context`` and computes the candidates that follow it."""
@@ -170,7 +183,8 @@ class ModelDrafter(Drafter):
         run = Run(self._runs, 0, kind, tokens, positions, sequences, first_output_row, tuple(self._operations))
         self._runs += 1
         self._operations = []
-        logits = self._model.logits(_SESSION, run, None, self._model.admit(_SESSION, run), self._abandoned)
+        assert self._session is not None, "start comes first"
+        logits = self._model.logits(self._session, run, None, self._model.admit(self._session, run), self._abandoned)
         if logits is None:
             # The admitted cells hold nothing: free them, and whatever tree stood below the cached text.
             self._operations = [SequenceRemove(_EVERYONE, len(self._cached), END)]

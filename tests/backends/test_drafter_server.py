@@ -15,7 +15,9 @@ from backends.control import (
     ConfigureDrafter,
     DraftOrder,
     DraftReply,
+    EndText,
     ExtendText,
+    Failed,
     FromDrafter,
     Heartbeat,
     Ready,
@@ -66,7 +68,7 @@ class TestHead:
         await self.drafts.write(pack(message))
 
     async def order(self, number: int, frontier: int, nodes: int = 4) -> None:
-        await self.say(DraftOrder(RequestDraft(number, frontier, (), nodes, 1, 0.0, 1.0)))
+        await self.say(DraftOrder(7, RequestDraft(number, frontier, (), nodes, 1, 0.0, 1.0)))
 
     async def hear(self) -> FromDrafter:
         return unpack(FROM_DRAFTER, await asyncio.wait_for(self.drafts.read(), TIMEOUT_S))
@@ -105,7 +107,7 @@ def test_a_draft_comes_home_with_its_session_and_span(monkeypatch: pytest.Monkey
     async def test() -> None:
         async with drafting(monkeypatch) as head:
             head.drafter.go.release(10)
-            await head.say(ExtendText((4, 5)))
+            await head.say(ExtendText(7, (4, 5)))
             await head.order(0, frontier=5)
             reply = await head.hear()
             assert isinstance(reply, DraftReply)
@@ -136,6 +138,34 @@ def test_a_newer_request_abandons_the_older_between_levels(monkeypatch: pytest.M
             assert [reply.request_id for reply in replies] == [0, 1, 2]
             assert replies[0].tree is None
             assert replies[2].tree is not None
+
+    asyncio.run(test())
+
+
+def test_texts_of_several_sessions_do_not_get_into_each_others_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither an order nor the end of one abandons a draft of another, and each goes on with its own text."""
+
+    async def test() -> None:
+        async with drafting(monkeypatch) as head:
+            await head.order(0, frontier=3)
+            await head.level_entered()
+            await head.say(StartText(8, (1, 2, 3, 4, 5, 6), Sampling(), None))
+            await head.say(StartText(9, (1, 2), Sampling(), None))
+            await head.say(EndText(9))
+            await head.say(DraftOrder(8, RequestDraft(0, 6, (), 2, 1, 0.0, 1.0)))
+            await head.say(ExtendText(7, (4,)))
+            head.drafter.go.release(20)
+            trees = {}
+            for _ in range(2):
+                reply = await head.hear()
+                assert isinstance(reply, DraftReply)
+                assert reply.tree is not None
+                trees[reply.session] = reply.tree.tokens
+            assert trees == {7: (3, 4, 5, 6), 8: (6, 7)}
+            await head.say(DraftOrder(9, RequestDraft(0, 2, (), 2, 1, 0.0, 1.0)))
+            failed = unpack(FROM_NODE, await asyncio.wait_for(head.control.read(), TIMEOUT_S))
+            assert isinstance(failed, Failed)
+            assert "session 9, which has no text" in failed.message
 
     asyncio.run(test())
 

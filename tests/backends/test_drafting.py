@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from backends.control import Planted
 from backends.drafter_server import plant
-from backends.drafting.base import WIDTH, Drafter
+from backends.drafting.base import WIDTH, Drafter, never
 from backends.drafting.layer_skip import LayerSkipDrafter, default_skipped
 from backends.drafting.model import ModelDrafter
 from backends.drafting.ngram import NgramDrafter
@@ -294,3 +294,23 @@ def test_ngram_detours_end_once_abandoned_and_ask_at_every_token() -> None:
     assert NgramDrafter().detours(text, abandoned) == NgramDrafter().detours(text)
     assert asked == len(text) - 1
     assert NgramDrafter().detours(text, lambda: True) is None
+
+
+def test_two_texts_at_once_are_drafted_like_one_at_a_time(tiny: ModelSource) -> None:
+    """They share the weights, and neither cells nor text."""
+    first = ModelDrafter(StageModel(tiny, 0, 4), max_context=60)
+    drafters, texts = [first, first.another()], [[5, 9, 17, 3], [80, 9, 2]]
+    alone = [ModelDrafter(StageModel(tiny, 0, 4), max_context=60) for _ in texts]
+    for drafter, lonely, text in zip(drafters, alone, texts, strict=True):
+        drafter.start(text, Sampling())
+        lonely.start(text, Sampling())
+    for number in range(3):
+        for drafter, lonely in zip(drafters, alone, strict=True):
+            request = RequestDraft(number, len(drafter.text), (), 6, 2, 0.0, 0.1)
+            tree = drafter.draft(request, never)
+            assert tree == lonely.draft(request, never)
+            assert tree is not None
+            drafter.extend(tree.tokens[:1])
+            lonely.extend(tree.tokens[:1])
+    drafters[0].end()
+    assert drafters[1].draft(RequestDraft(3, 4, (), 6, 2, 0.0, 0.1), never) is not None

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from world import POISON, VOCABULARY, language_model, plain_text
 
-from backends.control import DraftOrder, DraftReply, ExtendText, StartText, ToDrafter
+from backends.control import DraftOrder, DraftReply, EndText, ExtendText, StartText, ToDrafter
 from backends.frames import Frame, OpenFrame, ResultFrame, RunFrame, Session, StageStamp
 from backends.head import Head
 from backends.node import Node
@@ -88,6 +88,10 @@ class FakePipeline(Pipeline):
         if isinstance(message, StartText):
             self.text, self.draft_session, self.order_open = list(message.prompt), message.session, None
         assert self.text is not None, "a drafter got work before it knew its text"
+        if isinstance(message, EndText):
+            self.text, self.order_open = None, None
+            return 1
+        assert message.session == self.draft_session
         if isinstance(message, ExtendText):
             self.text += message.tokens
         if isinstance(message, DraftOrder):
