@@ -70,7 +70,7 @@ class Cancel(msgspec.Struct, frozen=True, tag="cancel", forbid_unknown_fields=Tr
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat", forbid_unknown_fields=True):
-    """Head -> node: answer from the compute thread."""
+    """Head -> node: answer, between two layers at the latest."""
 
     number: int
 
@@ -84,7 +84,7 @@ class Connected(msgspec.Struct, frozen=True, tag="connected", forbid_unknown_fie
 
 
 class Beat(msgspec.Struct, frozen=True, tag="beat", forbid_unknown_fields=True):
-    """Node -> head: the compute thread lives; its monotonic clock in seconds and the last run it handled (-1: none)."""
+    """Node -> head: it lives; its monotonic clock in seconds and the last run it handled (-1: none)."""
 
     number: int
     clock: float

@@ -1,11 +1,11 @@
-"""A node as the drafter: drafts on the compute thread; a newer request makes it drop the older one between levels."""
+"""A node as the drafter: a newer request makes it drop the older one between levels."""
 
 import asyncio
 import logging
 import time
 from typing import Any
 
-from backends.compute import ComputeThread
+from backends.compute import ComputeLoop
 from backends.control import (
     TO_DRAFTER,
     ConfigureDrafter,
@@ -37,7 +37,7 @@ _log = logging.getLogger(__name__)
 class DrafterLease(Lease):
     """The drafter of one head. What arrives on the draft stream is carried out in order; each session has its text."""
 
-    def __init__(self, order: ConfigureDrafter, compute: ComputeThread) -> None:
+    def __init__(self, order: ConfigureDrafter, compute: ComputeLoop) -> None:
         super().__init__(order.token, compute)
         name_node("drafter")
         self._replies: asyncio.Queue[FromDrafter | None] = asyncio.Queue()
@@ -82,7 +82,7 @@ class DrafterLease(Lease):
             case ExtendText(session, tokens):
                 self._text(session).extend(tokens)
             case DraftOrder(session, request):
-                self.from_thread(self._replies.put_nowait, self._draft(session, request, number))
+                self._replies.put_nowait(self._draft(session, request, number))
             case EndText(session):
                 self._end(session)
             case TraceText():
@@ -117,7 +117,7 @@ class DrafterLease(Lease):
         detours = drafter.detours(message.tokens, abandoned)
         if candidates is not None and not abandoned():
             reply = TraceReply(message.session, tuple(candidates), None if detours is None else tuple(detours))
-            self.from_thread(self._replies.put_nowait, reply)
+            self._replies.put_nowait(reply)
         self._end(message.session)
 
     def _abandoned(self, session: int, number: int) -> bool:

@@ -142,7 +142,7 @@ class GrpcExecutor:
         """
         name_node("node")
         try:
-            asyncio.run(serve(listen))
+            serve(listen)
         except KeyboardInterrupt:
             # PyTorch's threads may abort a process whose interpreter is taken down beneath them: leave without that
             print("interrupted", file=sys.stderr, flush=True)

@@ -1,7 +1,6 @@
 """A node in the service of one head: from the head's first control message until its control stream ends."""
 
 import asyncio
-import contextlib
 import hmac
 import logging
 import time
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 import grpc
 import grpc.aio
 
-from backends.compute import ComputeThread
+from backends.compute import ComputeLoop
 from backends.control import (
     Beat,
     Cancel,
@@ -43,33 +42,26 @@ LoadLayers = Callable[[ConfigureStage], "Layers"]
 class Lease:
     """What stages and drafters have in common: the token, the way back to the head, heartbeats, failure.
 
-    ``to_head`` is sent on the control stream by the server, up to a None. Methods belong to the event loop unless
-    they say otherwise.
+    ``to_head`` is sent on the control stream by the server, up to a None. A lease belongs to the node's one thread.
     """
 
-    def __init__(self, token: bytes, compute: ComputeThread) -> None:
+    def __init__(self, token: bytes, compute: ComputeLoop) -> None:
         self.to_head: asyncio.Queue[FromNode | None] = asyncio.Queue()
         self.failed = False
         self.closed = False
         self.compute = compute
         self._token = token
-        self._loop = asyncio.get_running_loop()
 
     def admits(self, token: bytes) -> bool:
         """Whether the sender was sent by our head."""
         return hmac.compare_digest(token, self._token)
 
     def tell(self, message: FromNode) -> None:
-        """Sends ``message`` to the head. From any thread."""
-        self.from_thread(self.to_head.put_nowait, message)
-
-    def from_thread(self, function: Callable[..., None], *arguments: object) -> None:
-        """Calls ``function`` on the event loop. From any thread."""
-        with contextlib.suppress(RuntimeError):  # the loop is closed: the process is on its way out
-            self._loop.call_soon_threadsafe(function, *arguments)
+        """Sends ``message`` to the head."""
+        self.to_head.put_nowait(message)
 
     def fail(self, error: Exception) -> None:
-        """Reports the error that ends the service. From any thread."""
+        """Reports the error that ends the service."""
         if self.closed or self.failed:
             return
         self.failed = True
@@ -82,8 +74,7 @@ class Lease:
         """Takes one message of the head. Raises FrameError for one that makes no sense here."""
         if not isinstance(message, Heartbeat):
             raise FrameError(f"a {type(message).__name__} message is out of place here")
-        number = message.number
-        self.compute.call(lambda: self.tell(Beat(number, time.monotonic(), self.last_run)))
+        self.tell(Beat(message.number, time.monotonic(), self.last_run))
 
     @property
     def last_run(self) -> int:
@@ -117,7 +108,7 @@ class Passage:
 class StageLease(Lease):
     """A stage of a pipeline; ``passage`` is the way of its frames at present."""
 
-    def __init__(self, order: ConfigureStage, compute: ComputeThread, load: LoadLayers) -> None:
+    def __init__(self, order: ConfigureStage, compute: ComputeLoop, load: LoadLayers) -> None:
         super().__init__(order.token, compute)
         self.passage = Passage()
         self._stage = order.stage
@@ -131,7 +122,7 @@ class StageLease(Lease):
         return self._worker.last_run if self._worker else -1
 
     def _load(self, order: ConfigureStage, load: LoadLayers) -> None:
-        from backends.stage_worker import StageWorker  # PyTorch is imported here, on the compute thread
+        from backends.stage_worker import StageWorker  # imports PyTorch
 
         start = time.monotonic()
         layers = load(order)
@@ -157,7 +148,7 @@ class StageLease(Lease):
                 super().handle(message)
 
     def _reset(self, worker: "StageWorker", token: bytes) -> None:
-        """Stops what the compute thread does for the epoch that broke, and serves ``token`` from then on."""
+        """Stops computing for the epoch that broke, and serves ``token`` from then on."""
         self._token = token
         self.passage.close()
         self.passage = Passage()
@@ -179,7 +170,7 @@ class StageLease(Lease):
             return
         if self._worker is None:
             raise FrameError(f"stage {self._stage} got a frame before it was ready")
-        self.from_thread(passage.outgoing.put_nowait, encode(self._worker.handle(frame, received_bytes)))
+        passage.outgoing.put_nowait(encode(self._worker.handle(frame, received_bytes)))
 
     def link_lost(self, passage: Passage, neighbour: int, reason: str) -> None:
         """A data stream broke; the head finds out whose fault it is."""

@@ -6,7 +6,6 @@ whatever way, all nodes are killed. Should the nursery itself be killed, its nod
 """
 
 import argparse
-import asyncio
 import contextlib
 import ctypes
 import json
@@ -72,7 +71,7 @@ def _serve() -> None:
     try:
         from backends.serve import serve  # gRPC must not be loaded before a fork
 
-        asyncio.run(serve("127.0.0.1:0"))
+        serve("127.0.0.1:0")
     except BadInputError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
     finally:

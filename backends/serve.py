@@ -1,30 +1,46 @@
-"""The event loop of a node: listens, and says where on stdout."""
+"""A node: listens, says where on stdout, and serves heads."""
 
+import asyncio
 import json
 import os
+from collections.abc import Callable
 
-from backends.stage_server import NodeServer
+from backends.compute import ComputeLoop
+from backends.lease import LoadLayers
+from backends.stage_server import NodeServer, load_layers
 from backends.transport import bind, new_server, split_address
 
 
-async def serve(address: str) -> None:
-    """Serves heads at ``host:port`` (port 0: any free one), one after another, until cancelled.
+def serve(address: str) -> None:
+    """Serves heads at ``host:port`` (port 0: any free one), one after another, until interrupted.
 
     The first line on stdout is a JSON object that names the address: ``{"listening": "127.0.0.1:40123", "pid": ..}``.
 
     Raises:
         BadInputError: nobody can listen there.
     """
+
+    def announce(port: int) -> None:
+        host, _ = split_address(address, "--listen")
+        line = json.dumps({"listening": f"{host}:{port}", "pid": os.getpid()}) + "\n"
+        os.write(1, line.encode())  # in one piece: nodes may share this stdout
+
+    compute = ComputeLoop()
+    compute.run(listen(compute, address, announce))
+
+
+async def listen(
+    compute: ComputeLoop, address: str, listening: Callable[[int], None], load: LoadLayers = load_layers
+) -> None:
+    """Serves on ``compute`` until cancelled; ``listening`` hears the port, ``load`` reads the layers of a stage."""
     server = new_server()
-    node = NodeServer()
+    node = NodeServer(compute, load)
     node.add_to(server)
     port = bind(server, address)
     await server.start()
     try:
-        host, _ = split_address(address, "--listen")
-        line = json.dumps({"listening": f"{host}:{port}", "pid": os.getpid()}) + "\n"
-        os.write(1, line.encode())  # in one piece: nodes may share this stdout
-        await server.wait_for_termination()
+        listening(port)
+        await asyncio.get_running_loop().create_future()
     finally:
         node.close()
         await server.stop(grace=0)

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import grpc
 import grpc.aio
 
-from backends.compute import ComputeThread
+from backends.compute import ComputeLoop
 from backends.control import TO_NODE, ConfigureDrafter, ConfigureStage, Failed, pack, unpack
 from backends.drafter_server import DrafterLease
 from backends.frames import FrameError, decode, peek_token
@@ -25,17 +25,18 @@ _MAX_DRAFT_BYTES = 2**24  # a whole text, twice
 _CANCELLED_WITHIN_S = 1.0
 
 
-def _load_layers(order: ConfigureStage) -> Any:
-    from backends.stage_worker import load_layers  # PyTorch is imported here, on the compute thread
+def load_layers(order: ConfigureStage) -> Any:
+    """Reads the layers that a stage was told to serve; imports PyTorch, which other nodes do without."""
+    from backends import stage_worker
 
-    return load_layers(order)
+    return stage_worker.load_layers(order)
 
 
 class NodeServer:
-    """Serves the four streams of ``transport.py``. ``load`` reads the layers of a stage."""
+    """Serves the four streams of ``transport.py`` on ``compute``. ``load`` reads the layers of a stage."""
 
-    def __init__(self, load: LoadLayers = _load_layers) -> None:
-        self._compute = ComputeThread()
+    def __init__(self, compute: ComputeLoop, load: LoadLayers = load_layers) -> None:
+        self._compute = compute
         self._load = load
         self._lease: Lease | None = None
 
@@ -50,10 +51,9 @@ class NodeServer:
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
 
     def close(self) -> None:
-        """Ends the compute thread once it is done with what it has."""
+        """Ends the service of a head that is still there."""
         if self._lease:
             self._lease.close()
-        self._compute.stop()
 
     async def _control(self, _: Any, context: _Context) -> None:
         data = await context.read()

@@ -1,4 +1,4 @@
-"""What a stage does with the frames that reach it. Runs on the compute thread; knows nothing of gRPC."""
+"""What a stage does with the frames that reach it. Knows nothing of gRPC."""
 
 import logging
 import time
@@ -80,8 +80,7 @@ class _Course:
 class StageWorker:
     """Turns each arriving frame into the frame that leaves. Sessions know nothing of each other.
 
-    ``checkpoint`` is called between layers. All methods but :meth:`cancel` and :meth:`abandon` belong to the compute
-    thread.
+    ``checkpoint`` is called between layers; it may come back with calls of :meth:`cancel` and :meth:`abandon`.
     """
 
     def __init__(self, stage: int, layers: Layers, checkpoint: Callable[[], None]) -> None:
@@ -95,7 +94,7 @@ class StageWorker:
         self._closed = -1  # the newest session that is over
 
     def cancel(self, session: int, epoch: int, run_ids: Sequence[int]) -> None:
-        """Declares runs dead, whether they have arrived yet or not; one that has passed is left alone. From any thread.
+        """Declares runs dead, whether they have arrived yet or not; one that has passed is left alone.
 
         The head's word may overtake the session's first frame.
         """
@@ -108,7 +107,7 @@ class StageWorker:
         dead.update((epoch, run_id) for run_id in run_ids if run_id >= next_run)
 
     def abandon(self) -> None:
-        """Nobody waits for any run any more, up to the next :meth:`close`. From any thread."""
+        """Nobody waits for any run any more, up to the next :meth:`close`."""
         self._abandoned = True
 
     def close(self) -> None:

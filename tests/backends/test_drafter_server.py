@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 
 import grpc
 import pytest
+from node_thread import node_thread
 
 from backends.control import (
     FROM_DRAFTER,
@@ -28,8 +29,7 @@ from backends.control import (
 )
 from backends.drafting.base import Drafter
 from backends.sampling import Sampling
-from backends.stage_server import NodeServer
-from backends.transport import CONTROL, DRAFT, bind, new_server, open_channel, path
+from backends.transport import CONTROL, DRAFT, open_channel, path
 from pipesim.scheduling.commands import RequestDraft
 from pipesim.scheduling.tree import Candidate
 
@@ -85,22 +85,17 @@ class TestHead:
 async def drafting(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[TestHead]:
     drafter = SlowDrafter()
     monkeypatch.setattr("backends.drafter_server.load_drafter", lambda order: drafter)
-    node, server = NodeServer(), new_server()
-    node.add_to(server)
-    address = f"127.0.0.1:{bind(server, '127.0.0.1:0')}"
-    await server.start()
-    head = TestHead(address, drafter)
-    try:
-        await head.control.write(pack(ConfigureDrafter(TOKEN, "slow", "", 160, 100, "float32", 1, None)))
-        assert isinstance(unpack(FROM_NODE, await asyncio.wait_for(head.control.read(), TIMEOUT_S)), Ready)
-        await head.drafts.write(TOKEN)
-        await head.say(StartText(7, (1, 2, 3), Sampling(), None))
-        yield head
-    finally:
-        drafter.go.release(10**6)
-        await head.channel.close()
-        node.close()
-        await server.stop(grace=0)
+    async with node_thread() as address:
+        head = TestHead(address, drafter)
+        try:
+            await head.control.write(pack(ConfigureDrafter(TOKEN, "slow", "", 160, 100, "float32", 1, None)))
+            assert isinstance(unpack(FROM_NODE, await asyncio.wait_for(head.control.read(), TIMEOUT_S)), Ready)
+            await head.drafts.write(TOKEN)
+            await head.say(StartText(7, (1, 2, 3), Sampling(), None))
+            yield head
+        finally:
+            drafter.go.release(10**6)
+            await head.channel.close()
 
 
 def test_a_draft_comes_home_with_its_session_and_span(monkeypatch: pytest.MonkeyPatch) -> None:

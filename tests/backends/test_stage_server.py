@@ -13,6 +13,7 @@ import grpc
 import grpc.aio
 import pytest
 import torch
+from node_thread import node_thread
 
 from backends import stage_server
 from backends.control import (
@@ -45,7 +46,6 @@ from backends.frames import (
     encode,
 )
 from backends.sampling import Sampling
-from backends.stage_server import NodeServer
 from backends.stage_worker import StageWorker
 from backends.transport import CONTROL, DATA, RESULTS, bind, new_server, open_channel, path
 from pipesim.errors import BadInputError
@@ -156,18 +156,13 @@ async def stage() -> AsyncIterator[TestHead]:
 @contextlib.asynccontextmanager
 async def serving() -> AsyncIterator[TestHead]:
     layers = StubLayers()
-    node, server = NodeServer(load=lambda order: layers), new_server()
-    node.add_to(server)
-    address = f"127.0.0.1:{bind(server, '127.0.0.1:0')}"
-    await server.start()
-    head = TestHead(address, layers)
-    try:
-        yield head
-    finally:
-        layers.go.release(10**6)
-        await head.channel.close()
-        node.close()
-        await server.stop(grace=0)
+    async with node_thread(load=lambda order: layers) as address:
+        head = TestHead(address, layers)
+        try:
+            yield head
+        finally:
+            layers.go.release(10**6)
+            await head.channel.close()
 
 
 def on_a_stage(test: Callable[[TestHead], Awaitable[None]]) -> None:
@@ -512,16 +507,11 @@ def test_errors_of_the_layers_reach_the_head_as_bad_input_or_failure() -> None:
         def broken(_: ConfigureStage) -> StubLayers:
             raise error
 
-        node, server = NodeServer(load=broken), new_server()
-        node.add_to(server)
-        address = f"127.0.0.1:{bind(server, '127.0.0.1:0')}"
-        await server.start()
-        head = TestHead(address, StubLayers())
-        await head.say(ConfigureStage(TOKEN, 0, "stub", "", 0, LAYERS, "float32", 1))
-        answer = await head.hear()
-        await head.channel.close()
-        node.close()
-        await server.stop(grace=0)
+        async with node_thread(load=broken) as address:
+            head = TestHead(address, StubLayers())
+            await head.say(ConfigureStage(TOKEN, 0, "stub", "", 0, LAYERS, "float32", 1))
+            answer = await head.hear()
+            await head.channel.close()
         assert isinstance(answer, Failed)
         return answer
 
