@@ -17,6 +17,8 @@ from pipesim.scheduling.runs import END, KvOperation, Run, RunKind, SequenceCopy
 from pipesim.scheduling.speculation import InFlightRun, Node, advance
 from pipesim.scheduling.tree import DraftTree
 
+_FADING = 0.98  # what a drafted token still counts after the next commit: some 50 tokens are remembered
+
 
 @dataclass(frozen=True, slots=True)
 class SpeculationLimits:
@@ -54,6 +56,7 @@ class Generation:
         self.commands: list[Command] = []
         self.epoch = 0
         self.in_flight: deque[InFlightRun] = deque()
+        self._kept = self._promised = 0.0
         self._next_run_id = 0
         self._next_request_id = 0
         self.forget_pipeline()
@@ -94,6 +97,9 @@ class Generation:
         A draft on its way that was to follow the old root is not lost: it may agree with ``token``. What it has beyond
         ``overtaken``, the tokens that were committed since its context was, will follow the new root.
         """
+        drafted = self.root.children
+        self._kept = _FADING * self._kept + (token in drafted)
+        self._promised = _FADING * self._promised + sum(node.confidence for node in drafted.values())
         overtaken = self.draft_tip is self.root
         self.text.append(token)
         self.root = advance(self.root, token)
@@ -103,6 +109,15 @@ class Generation:
             if len(self.overtaken) >= self._draft_nodes:
                 self.abandon_draft()
         self.new_root()
+
+    @property
+    def trust(self) -> float:
+        """What the drafter's confidence is worth: drafted tokens that came true by how many it promised lately.
+
+        Verified tokens promise as many as their confidences sum up to. Both counts fade with every commit, beside one
+        promise kept that does not: a drafter that was given up is tried again now and then.
+        """
+        return (1.0 + self._kept) / (1.0 + self._promised)
 
     @property
     def frontier(self) -> int:
@@ -135,9 +150,10 @@ class Generation:
         self._check_tree(tip, tree)
         last = self.limit - 2  # the token after this one ends the text: nothing drafted later can matter
         grown: list[Node | None] = []  # None: beyond that position
-        for token, parent in zip(tree.tokens, tree.parents, strict=True):
+        for token, parent, confidence in zip(tree.tokens, tree.parents, tree.confidences, strict=True):
             above = tip if parent < 0 else grown[parent]
-            grown.append(above.add_child(token) if above is not None and above.position < last else None)
+            fits = above is not None and above.position < last
+            grown.append(above.add_child(token, confidence) if above is not None and fits else None)
         nodes = [node for node in grown if node is not None]
         if not nodes:
             self.empty_drafts += 1

@@ -31,12 +31,24 @@ class InFlightRun:
 class Node:
     """One token of the trie. ``run`` is None until a submitted run carries it in row ``row``."""
 
-    __slots__ = ("alive", "children", "first_child", "parent", "position", "row", "run", "sequences", "token")
+    __slots__ = (
+        "alive",
+        "children",
+        "confidence",
+        "first_child",
+        "parent",
+        "position",
+        "row",
+        "run",
+        "sequences",
+        "token",
+    )
 
-    def __init__(self, token: int, position: int, parent: "Node | None" = None) -> None:
+    def __init__(self, token: int, position: int, parent: "Node | None" = None, confidence: float = 1.0) -> None:
         self.token = token
         self.position = position
         self.parent = parent
+        self.confidence = confidence
         self.run: InFlightRun | None = None
         self.row = 0
         self.sequences = 0
@@ -49,11 +61,11 @@ class Node:
         self.run, self.row, self.sequences = run, row, run.run.sequences[row]
         run.live_nodes += 1
 
-    def add_child(self, token: int) -> "Node":
+    def add_child(self, token: int, confidence: float = 1.0) -> "Node":
         """Hangs a new node under this one. Raises InvariantError if that token hangs there already."""
         if token in self.children:
             raise InvariantError(f"token {token} was drafted twice at position {self.position + 1}")
-        child = self.children[token] = Node(token, self.position + 1, self)
+        child = self.children[token] = Node(token, self.position + 1, self, confidence)
         if self.first_child is None:
             self.first_child = child
         return child

@@ -237,6 +237,39 @@ def test_decay_lowers_the_bar_after_an_empty_draft() -> None:
     assert world.request.cutoff == pytest.approx(0.5)
 
 
+def decoded(policy: PipeInfer, errors: list[int]) -> World:
+    world = World(policy, PROMPT, 200)
+    world.run_to_the_end(errors)
+    return world
+
+
+def speculative_runs(world: World) -> list[int]:
+    return [run.positions[0] for run in world.submitted if run.kind is RunKind.SPECULATIVE]
+
+
+def test_a_drafter_that_is_never_right_is_given_up_but_tried_now_and_then() -> None:
+    believed = speculative_runs(decoded(PipeInfer(micro_batch=1), errors=[1]))
+    tried = speculative_runs(decoded(PipeInfer(micro_batch=1, calibrated=True), errors=[1]))
+    assert 0 < len(tried) < 0.3 * len(believed)
+    assert max(tried) > 150, "what a drafter did long ago does not count for ever"
+
+
+def test_a_drafter_that_keeps_what_it_promises_is_believed() -> None:
+    plain, calibrated = (decoded(PipeInfer(calibrated=on), errors=[0]) for on in (False, True))
+    assert speculative_runs(calibrated) == speculative_runs(plain)
+    assert calibrated.scheduler.generation.trust > 1, "it said 0.6 and was always right"
+
+
+def test_confidences_are_taken_for_what_they_have_proven_to_be_worth() -> None:
+    world = started(PipeInfer(p_accept=0.3, p_split=0.4, micro_batch=1, calibrated=True))
+    world.answer_draft(DraftTree((wrong(TRUTH[1]),), (-1,), (0.5,)))
+    world.compute()
+    world.return_run()
+    assert world.scheduler.generation.trust == pytest.approx(1 / 1.5)
+    assert world.request is not None
+    assert (world.request.cutoff, world.request.split) == pytest.approx((0.45, 0.6))
+
+
 @pytest.mark.parametrize("policy", [PipeInfer(), PipeInfer(p_decay=0.1)])
 def test_a_drafter_without_any_candidate_is_asked_once_per_commit(policy: PipeInfer) -> None:
     world = started(policy)

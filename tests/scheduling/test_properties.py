@@ -38,6 +38,7 @@ policies = st.one_of(
             "multibuffering": st.booleans(),
             "cancellation": st.booleans(),
             "always_canonical": st.booleans(),
+            "calibrated": st.booleans(),
         }
     ).map(lambda s: ("pipeinfer", s)),
 ).map(lambda named: make_policy(*named))

@@ -97,7 +97,8 @@ def policies(draw: st.DrawFn) -> dict[str, Any]:
         case "pipeinfer":
             bars = {**dict.fromkeys(("p_accept", "p_split", "p_recovery"), bar), "p_decay": st.sampled_from([0, 0.2])}
             switches = dict.fromkeys(
-                ("asynchronous", "continuous", "multibuffering", "cancellation", "always_canonical"), st.booleans()
+                ("asynchronous", "continuous", "multibuffering", "cancellation", "always_canonical", "calibrated"),
+                st.booleans(),
             )
             own = {"micro_batch": size, "branches": branches, "partitions": st.integers(1, 8)}
             return {"name": "pipeinfer", **draw(st.fixed_dictionaries({**own, **bars, **switches}))}

@@ -240,6 +240,7 @@ SETTINGS: dict[str, dict[str, list[str]]] = {
         "multibuffering": ["multibuffering=false"],
         "cancellation": ["cancellation=false"],
         "always_canonical": ["always_canonical=true"],
+        "calibrated": ["p_accept=0.7", "calibrated=true"],
     },
     "speculative": {
         "max_nodes": ["max_nodes=2"],

@@ -25,6 +25,9 @@ class PipeInfer(Policy):
     has to come home before the next one may write. ``cancellation``: runs that the text contradicts are called off;
     off: they are computed to the end.
     ``always_canonical``: as in the paper, run the newest token by itself even if a live speculative run carries it.
+
+    Not in the paper: ``calibrated`` holds the bars against what the drafter's confidence has proven to be worth lately
+    (``Generation.trust``), so that a drafter that promises more than it keeps is asked for less, or for nothing.
     """
 
     micro_batch: int = 4
@@ -39,6 +42,7 @@ class PipeInfer(Policy):
     multibuffering: bool = True
     cancellation: bool = True
     always_canonical: bool = False
+    calibrated: bool = False
 
     def __post_init__(self) -> None:
         for field in ("micro_batch", "branches", "partitions"):
@@ -75,10 +79,11 @@ class PipeInfer(Policy):
         if generation.draft_tip is tip:
             return True
         adjustment = generation.micro_batches * self.p_recovery - generation.empty_drafts * self.p_decay
-        if self.p_accept + adjustment >= 1.0 or not self._worth_asking(generation):
+        trust = generation.trust if self.calibrated else 1.0
+        accept, split = ((bar + adjustment) / trust for bar in (self.p_accept, self.p_split))
+        if accept >= 1.0 or not self._worth_asking(generation):
             return False
-        bars = max(0.0, self.p_accept + adjustment), max(0.0, self.p_split + adjustment)
-        return generation.request_draft(tip, self.micro_batch, self.branches, *bars)
+        return generation.request_draft(tip, self.micro_batch, self.branches, max(0.0, accept), max(0.0, split))
 
     def _worth_asking(self, generation: Generation) -> bool:
         """After an empty draft only a lower bar can bring more, and only where there was a candidate at all."""
