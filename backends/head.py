@@ -35,6 +35,7 @@ from pipesim.scheduling.tree import DraftTree
 
 _logger = logging.getLogger(__name__)
 _NO_DRAFT = DraftTree()
+_URGENT = (SubmitRun, CancelRuns)  # stages wait for these: users and drafter hear the news after them
 
 
 class Head:
@@ -108,7 +109,7 @@ class Head:
     # -- commands ------------------------------------------------------------------------------------------------------
 
     def _carry_out(self, commands: list[Command]) -> None:
-        for command in commands:
+        for command in sorted(commands, key=lambda one: not isinstance(one, _URGENT)):
             match command:
                 case SubmitRun(run):
                     self._log(logging.DEBUG, "run submitted", run=run.run_id, kind=run.kind, rows=run.rows)
