@@ -60,6 +60,11 @@ RecordOption = Annotated[
         help="Write what the drafter proposes all along the text, for acceptance: {kind: trace} (JSON).",
     ),
 ]
+LOOK_UP_SETTINGS: dict[str, dict[str, Any]] = {
+    "speculative": {"max_nodes": 7, "cutoff": 0.2},
+    "pipeinfer": {"micro_batch": 8, "p_accept": 0.2, "partitions": 4, "calibrated": True},
+}
+"""What ``generate`` sets where the drafter looks up n-grams: its tokens cost nothing and its confidences are honest."""
 _TABLE_WIDTH = 112  # the table of figures does not fit 80 columns
 
 
@@ -145,6 +150,7 @@ def generate_command(
             "stop": stop or [],
         },
         "policy": {"name": policy},
+        "policies": LOOK_UP_SETTINGS if drafter == "ngram" else {},
         "execution": {"drafter": drafter, "dtype": dtype, "hosts": hosts},
         "seed": seed,
     }

@@ -18,6 +18,7 @@ import yaml
 from pipelines import LAYERS
 
 from pipesim.acceptance_trace import read_acceptance_trace
+from pipesim.cli.real import LOOK_UP_SETTINGS
 from pipesim.errors import BadInputError
 from pipesim.executors import find_executor
 from pipesim.metrics import compute_metrics
@@ -114,6 +115,8 @@ def test_text_goes_to_stdout_and_files_are_written(tiny_folder: Path, tmp_path: 
     assert done.stdout.endswith("\n")
     assert not done.stderr, "figures are for terminals"
     assert pipesim("replay", events).returncode == 0
+    chosen = json.loads(events.read_text().splitlines()[0])["policy"]
+    assert chosen.items() >= LOOK_UP_SETTINGS["pipeinfer"].items(), "what suits drafts that cost nothing"
     assert json.loads(trace.read_text())["traceEvents"]
     acceptance = read_acceptance_trace(record)
     assert [f"w{token}" for token in acceptance.tokens] == done.stdout.split()
@@ -297,6 +300,8 @@ def test_a_scenario_runs_for_real_with_the_flags_of_simulate(scenario: Path, tmp
     printed = as_json(done)
     assert (printed["policy"], printed["seed"]) == ("pipeinfer", 9)
     assert pipesim("replay", events).returncode == 0
+    chosen = json.loads(events.read_text().splitlines()[0])["policy"]
+    assert chosen.items() >= LOOK_UP_SETTINGS["pipeinfer"].items(), "what suits drafts that cost nothing"
     assert json.loads(trace.read_text())["traceEvents"]
     assert plot.read_bytes().startswith(b"\x89PNG")
     people = pipesim("execute", scenario, "--set", "policy.name=autoregressive", "--seed", 9)
