@@ -50,6 +50,11 @@ def ours(source: ModelSource, dtype: torch.dtype, kernel: Kernel | None = None) 
     with mock.patch.object(exact, "available_kernels", return_value=kernels):
         model = StageModel(source, 0, source.config.layers, dtype)
     exact._choose_tiling.cache_clear()
+    return opened(model)
+
+
+def opened(model: StageModel) -> tuple[StageModel, Forward]:
+    """``model``, a whole one, with a session whose first ``CONTEXT`` cells are filled, and its forward pass."""
     model.open_session(0, 2 * CONTEXT, 2, Sampling())
     for start in range(0, CONTEXT, 64):
         prefill = Run(0, 0, RunKind.PREFILL, tuple(range(64)), tuple(range(start, start + 64)), (3,) * 64, 63)

@@ -26,11 +26,15 @@ DRAFTERS = ("ngram", "planted", "layer-skip")
 
 @dataclass(frozen=True, slots=True)
 class StagePart:
-    """Layers ``[first_layer, last_layer)`` at ``address``; None starts a process here."""
+    """Layers ``[first_layer, last_layer)`` at ``address``; None starts a process here.
+
+    ``device`` is where it computes, None for what its server was started with: cpu here.
+    """
 
     first_layer: int
     last_layer: int
     address: str | None = None
+    device: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +45,7 @@ class DrafterPart:
     vocabulary: int
     max_context: int
     skip_layers: tuple[int, ...] | None = None
+    device: str = "cpu"
 
     @property
     def is_model(self) -> bool:
@@ -73,13 +78,15 @@ class ClusterPlan:
     spares: tuple[str, ...] = ()
 
 
-def stage_parts(layers: Sequence[int], hosts: Sequence[str | None] | None = None) -> tuple[StagePart, ...]:
-    """Stages with so many layers each, in order, at ``hosts``."""
-    parts, first = list[StagePart](), 0
-    for count, host in zip(layers, hosts or [None] * len(layers), strict=True):
+def stage_parts(
+    layers: Sequence[int], hosts: Sequence[str | None] | None = None, devices: Sequence[str | None] | None = None
+) -> tuple[StagePart, ...]:
+    """Stages with so many layers each, in order, at ``hosts``, on ``devices``."""
+    parts, first, nothing = list[StagePart](), 0, [None] * len(layers)
+    for count, host, device in zip(layers, hosts or nothing, devices or nothing, strict=True):
         if host is not None:
             split_address(host, "host")
-        parts.append(StagePart(first, first + count, host))
+        parts.append(StagePart(first, first + count, host, device))
         first += count
     used = [part.address for part in parts if part.address]
     for address in used:
@@ -280,6 +287,7 @@ class Assembly:
             last_layer=part.last_layer,
             dtype=plan.dtype,
             threads=plan.threads,
+            device=part.device,
         )
 
     def _drafter(self, part: DrafterPart, process: NodeProcess) -> Node:
@@ -296,4 +304,5 @@ class Assembly:
             dtype=self._plan.dtype,
             threads=self._plan.threads,
             skip_layers=part.skip_layers,
+            device=part.device,
         )

@@ -16,7 +16,8 @@ _Token = Annotated[bytes, msgspec.Meta(min_length=TOKEN_BYTES, max_length=TOKEN_
 class ConfigureStage(msgspec.Struct, frozen=True, tag="configure-stage", forbid_unknown_fields=True):
     """Head -> node, first: become stage ``stage`` with layers ``[first_layer, last_layer)`` of ``model``.
 
-    ``fingerprint`` is that of the head's own weights: those of a stage must be the same.
+    ``fingerprint`` is that of the head's own weights: those of a stage must be the same. ``device`` is None for the
+    one that the node was started with.
     """
 
     token: _Token
@@ -27,6 +28,7 @@ class ConfigureStage(msgspec.Struct, frozen=True, tag="configure-stage", forbid_
     last_layer: int
     dtype: str
     threads: int
+    device: str | None = None
 
 
 class ConfigureDrafter(msgspec.Struct, frozen=True, tag="configure-drafter", forbid_unknown_fields=True):
@@ -44,6 +46,7 @@ class ConfigureDrafter(msgspec.Struct, frozen=True, tag="configure-drafter", for
     dtype: str
     threads: int
     skip_layers: tuple[int, ...] | None
+    device: str = "cpu"
 
 
 class Connect(msgspec.Struct, frozen=True, tag="connect", forbid_unknown_fields=True):

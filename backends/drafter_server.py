@@ -28,7 +28,7 @@ from backends.drafting.ngram import NgramDrafter
 from backends.drafting.planted import Draw, PlantedDrafter
 from backends.lease import Lease
 from backends.logs import event, name_node
-from pipesim.errors import BadInputError, InvariantError
+from pipesim.errors import InvariantError
 from pipesim.scheduling.commands import RequestDraft
 
 _log = logging.getLogger(__name__)
@@ -152,19 +152,17 @@ def load_drafter(order: ConfigureDrafter) -> Drafter:
         return NgramDrafter()
     from backends.drafting.layer_skip import LayerSkipDrafter
     from backends.drafting.model import ModelDrafter
+    from backends.models.devices import DTYPES, open_device
     from backends.models.loading import open_model
     from backends.models.stage_model import StageModel
-    from backends.stage_worker import _DTYPES
 
-    if order.dtype not in _DTYPES:
-        raise BadInputError(f"dtype {order.dtype!r} is none of {', '.join(_DTYPES)}")
-    dtype = _DTYPES[order.dtype]
+    device, dtype = open_device(order.device, order.dtype), DTYPES[order.dtype]
     source = open_model(order.model if order.drafter == "layer-skip" else order.drafter)
     if order.drafter == "layer-skip":
-        return LayerSkipDrafter(source, order.max_context, order.skip_layers, dtype, order.threads)
+        return LayerSkipDrafter(source, order.max_context, order.skip_layers, dtype, order.threads, device)
     config = source.config
     max_context = min(order.max_context, config.max_context)
-    model = StageModel(source, 0, config.layers, dtype, order.threads)
+    model = StageModel(source, 0, config.layers, dtype, order.threads, device=device)
     return ModelDrafter(model, max_context, order.vocabulary)
 
 

@@ -63,10 +63,13 @@ class _Job:
     def cluster(self) -> ClusterPlan:
         scenario, execution = self.scenario, self.scenario.execution
         limit = len(self.started.prompt) + self.started.max_new_tokens
-        drafter = DrafterPart(execution.drafter, self.config.vocabulary, limit, execution.skip_layers)
+        drafter = DrafterPart(
+            execution.drafter, self.config.vocabulary, limit, execution.skip_layers, execution.drafter_device
+        )
+        layers = [plan.layers for plan in scenario.stages()]
         return ClusterPlan(
             model=self.model,
-            stages=stage_parts([plan.layers for plan in scenario.stages()], execution.hosts),
+            stages=stage_parts(layers, execution.hosts, execution.devices(len(layers))),
             drafter=drafter if self.needs_drafter else None,
             dtype=execution.dtype,
             threads=execution.threads_per_stage,
@@ -134,15 +137,15 @@ class GrpcExecutor:
         """
         return asyncio.run(_measure(_prepare(scenario), repeats, logs, on_text))
 
-    def serve_stage(self, listen: str) -> None:
-        """Serves heads at ``host:port``, one after another, until interrupted.
+    def serve_stage(self, listen: str, device: str) -> None:
+        """Serves heads at ``host:port``, one after another, until interrupted; on ``device``, if they name no other.
 
         Raises:
-            BadInputError: the port is in use.
+            BadInputError: the port is in use, or there is no such device.
         """
         name_node("node")
         try:
-            serve(listen)
+            serve(listen, device)
         except KeyboardInterrupt:
             # PyTorch's threads may abort a process whose interpreter is taken down beneath them: leave without that
             print("interrupted", file=sys.stderr, flush=True)
@@ -169,6 +172,7 @@ def _prepare(scenario: Scenario) -> _Job:
         scenario.acceptance, IidAcceptance | MarkovAcceptance
     ):
         raise BadInputError("acceptance: the planted drafter needs this section with kind: iid or markov")
+    _check_devices(scenario)
     tokenizer = open_tokenizer(source)
     prompt = _encode(tokenizer, workload.prompt, workload.chat)
     if scenario.policy.build().limits.nodes and scenario.execution.drafter not in DRAFTERS:
@@ -192,6 +196,26 @@ def _prepare(scenario: Scenario) -> _Job:
     name = scenario.model.name
     model = name if name in KNOWN_MODELS or is_hub_name(name) else str(source.path.resolve())
     return _Job(scenario, model, config, tokenizer, started, sampling)
+
+
+def _check_devices(scenario: Scenario) -> None:
+    """Raises BadInputError for a device that this machine has not; other machines check theirs."""
+    execution, stages = scenario.execution, len(scenario.stages())
+    hosts = execution.hosts or (None,) * stages
+    for host, device in zip(hosts, execution.devices(stages), strict=True):
+        if host is None:
+            _check_device("execution.device", device or "cpu", execution.dtype)
+    _check_device("execution.drafter_device", execution.drafter_device, execution.dtype)
+
+
+def _check_device(field: str, device: str, dtype: str) -> None:
+    if device != "cpu":
+        from backends.models.devices import open_device  # PyTorch takes seconds to import: only to ask it for devices
+
+        try:
+            open_device(device, dtype)
+        except BadInputError as error:
+            raise BadInputError(f"{field}: {error}") from None
 
 
 def _check_draft_model(scenario: Scenario, tokenizer: ModelTokenizer) -> None:

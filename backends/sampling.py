@@ -57,6 +57,11 @@ class Sampling:
             raise BadInputError(f"seed {self.seed} must be at least 0 and under 2**64")
 
     @property
+    def is_greedy(self) -> bool:
+        """Whether the token is simply that of the largest logit."""
+        return self.temperature == 0 and not self.needs_history
+
+    @property
     def needs_history(self) -> bool:
         """Whether a token depends on the tokens before it other than through the logits."""
         return self.repetition_penalty != 1
@@ -66,8 +71,7 @@ class Sampling:
 
         ``history`` are the tokens at positions ``0 .. position - 1``, if :attr:`needs_history`.
         """
-        greedy = self.temperature == 0 and not self.needs_history
-        return int(np.argmax(logits if greedy else self.scores(logits, position, history)))
+        return int(np.argmax(logits if self.is_greedy else self.scores(logits, position, history)))
 
     def scores(self, logits: npt.NDArray[np.float32], position: int, history: History = ()) -> Scores:
         """What :meth:`pick` maximises, ``[vocabulary]``, -inf for tokens that are shut out."""

@@ -1,6 +1,7 @@
 """A node: listens, says where on stdout, and serves heads."""
 
 import asyncio
+import functools
 import json
 import os
 from collections.abc import Callable
@@ -11,9 +12,10 @@ from backends.stage_server import NodeServer, load_layers
 from backends.transport import bind, new_server, split_address
 
 
-def serve(address: str) -> None:
+def serve(address: str, device: str = "cpu") -> None:
     """Serves heads at ``host:port`` (port 0: any free one), one after another, until interrupted.
 
+    Stages compute on ``device`` unless their head names another.
     The first line on stdout is a JSON object that names the address: ``{"listening": "127.0.0.1:40123", "pid": ..}``.
 
     Raises:
@@ -26,7 +28,7 @@ def serve(address: str) -> None:
         os.write(1, line.encode())  # in one piece: nodes may share this stdout
 
     compute = ComputeLoop()
-    compute.run(listen(compute, address, announce))
+    compute.run(listen(compute, address, announce, functools.partial(load_layers, device=device)))
 
 
 async def listen(

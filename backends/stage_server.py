@@ -25,11 +25,14 @@ _MAX_DRAFT_BYTES = 2**24  # a whole text, twice
 _CANCELLED_WITHIN_S = 1.0
 
 
-def load_layers(order: ConfigureStage) -> Any:
-    """Reads the layers that a stage was told to serve; imports PyTorch, which other nodes do without."""
+def load_layers(order: ConfigureStage, device: str = "cpu") -> Any:
+    """Reads the layers that a stage was told to serve, on ``device`` unless it was told another.
+
+    Imports PyTorch, which other nodes do without.
+    """
     from backends import stage_worker
 
-    return stage_worker.load_layers(order)
+    return stage_worker.load_layers(order, device)
 
 
 class NodeServer:

@@ -21,6 +21,7 @@ from backends.frames import (
     StageStamp,
 )
 from backends.logs import event
+from backends.models.devices import DTYPES, open_device
 from backends.models.loading import fingerprint, open_model
 from backends.models.stage_model import StageModel
 from backends.sampling import Sampling
@@ -28,7 +29,6 @@ from pipesim.errors import BadInputError
 from pipesim.scheduling.runs import Run
 
 _log = logging.getLogger(__name__)
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Layers(Protocol):
@@ -58,14 +58,18 @@ class Layers(Protocol):
         """As ``StageModel``."""
 
 
-def load_layers(order: ConfigureStage) -> StageModel:
-    """Reads the layers that a stage was told to serve. Raises BadInputError if the model has none such."""
-    if order.dtype not in _DTYPES:
-        raise BadInputError(f"dtype {order.dtype!r} is none of {', '.join(_DTYPES)}")
+def load_layers(order: ConfigureStage, device: str = "cpu") -> StageModel:
+    """Reads the layers that a stage was told to serve, on ``device`` unless it was told another.
+
+    Raises:
+        BadInputError: the model has no such layers, or the device is none of this machine's.
+    """
+    place = open_device(order.device or device, order.dtype)
     source = open_model(order.model)
     if fingerprint(source) != order.fingerprint:
         raise BadInputError(f"{source.path} holds other weights than the head's model: give both the same files")
-    return StageModel(source, order.first_layer, order.last_layer, dtype=_DTYPES[order.dtype], threads=order.threads)
+    layers = order.first_layer, order.last_layer
+    return StageModel(source, *layers, dtype=DTYPES[order.dtype], threads=order.threads, device=place)
 
 
 @dataclass(slots=True)

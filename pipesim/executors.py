@@ -89,7 +89,7 @@ class Executor(Protocol):
         ``on_text`` hears the first run's text as it is committed.
         """
 
-    def serve_stage(self, listen: str) -> None:
+    def serve_stage(self, listen: str, device: str) -> None:
         """Serves heads at ``host:port`` until interrupted."""
 
 

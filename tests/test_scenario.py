@@ -113,6 +113,10 @@ def test_every_scenario_that_we_ship_is_valid(path: Path) -> None:
         ("execution.recovery.timeout_s=0", "execution.recovery.timeout_s = 0"),
         ("execution.hosts=[null]", "execution.hosts: 1 hosts for 3 stages"),
         ("execution.dtype=float8", "execution.dtype = 'float8'"),
+        ("execution.device=gpu", "execution.device: 'gpu' is no device, use cpu, or cuda:0, cuda:1"),
+        ("execution.device=[cpu, cuda, cpu]", "execution.device: 'cuda' is no device, use cpu, or cuda:0"),
+        ("execution.device=[cpu, null]", "execution.device: 2 devices for 3 stages: one per stage, or one for all"),
+        ("execution.drafter_device=tpu", "execution.drafter_device: 'tpu' is no device"),
         ("model=null", "model = None"),
     ],
 )

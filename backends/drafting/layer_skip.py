@@ -5,6 +5,7 @@ from collections.abc import Collection
 import torch
 
 from backends.drafting.model import ModelDrafter
+from backends.models.devices import Device
 from backends.models.loading import ModelSource
 from backends.models.stage_model import StageModel
 
@@ -27,7 +28,8 @@ class LayerSkipDrafter(ModelDrafter):
         skipped: Collection[int] | None = None,
         dtype: torch.dtype = torch.float32,
         threads: int = 1,
+        device: Device | None = None,
     ) -> None:
         layers = source.config.layers
         left_out = default_skipped(layers) if skipped is None else skipped
-        super().__init__(StageModel(source, 0, layers, dtype, threads, left_out), max_context)
+        super().__init__(StageModel(source, 0, layers, dtype, threads, left_out, device), max_context)

@@ -51,10 +51,10 @@ class AttentionTile:
     mask: torch.Tensor
 
 
-def flat_rows(cells: Sequence[int], kv_heads: int) -> torch.Tensor:
+def flat_rows(cells: Sequence[int] | torch.Tensor, kv_heads: int) -> torch.Tensor:
     """Where ``cells`` are in the flat cache ``[blocks * kv_heads * 64, head_dim]``: ``[cells, kv_heads]``."""
-    at = torch.tensor(cells).unsqueeze(1)
-    return (at // BLOCK * kv_heads + torch.arange(kv_heads)) * BLOCK + at % BLOCK
+    at = torch.as_tensor(cells).unsqueeze(1)
+    return (at // BLOCK * kv_heads + torch.arange(kv_heads, device=at.device)) * BLOCK + at % BLOCK
 
 
 def plan_tiles(
@@ -64,7 +64,7 @@ def plan_tiles(
 
     One tile for each of ``windows``: of so many positions, its own the last, a row sees the cells (0: of all).
     """
-    blocks, cells, counts = _find_units(table, run, start, stop)
+    blocks, cells, counts = find_units(table, run, start, stop)
     positions = np.array(run.positions[start:stop])
     tiles = {}
     for window in windows:
@@ -116,7 +116,7 @@ def _batches(places: Sequence[tuple[bool, int]], kv_heads: int) -> Iterator[Batc
             start = unit
 
 
-def _find_units(
+def find_units(
     table: CellTable, run: Run, start: int, stop: int
 ) -> tuple[npt.NDArray[np.int64], list[list[int]], npt.NDArray[np.int64]]:
     """By block: each unit's first position, its cells, and ``[units, rows]``: how many, from the first on, a row sees.
@@ -173,11 +173,19 @@ def attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tile
     for batch in tile.batches:
         blocks = (copied_values if batch.gathered else value_blocks)[batch.blocks]
         torch.bmm(weights.flatten(0, 1)[batch.units], blocks, out=parts[batch.units])
-    attended, *others = parts.view(tile.units, kv_heads, rows * group, width).unbind()
-    for other in others:  # cumsum would write down every sum on the way
-        attended += other
+    attended = _sum_in_order(parts.view(tile.units, kv_heads, rows * group, width))
     attended /= total.unsqueeze(-1)
     return attended.view(kv_heads, rows, group * width).transpose(0, 1).reshape(rows, -1)
+
+
+def _sum_in_order(parts: torch.Tensor) -> torch.Tensor:
+    """The sum over the first dimension, one after another."""
+    if parts.is_cuda:  # one launch, though it writes down every sum on the way
+        return parts.cumsum(0)[-1]
+    total, *others = parts.unbind()
+    for other in others:
+        total += other
+    return total
 
 
 def _blocks(cache: torch.Tensor, tile: AttentionTile) -> tuple[torch.Tensor, torch.Tensor]:

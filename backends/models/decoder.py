@@ -7,6 +7,7 @@ import torch
 
 from backends.models.attention import AttentionTile, attend, flat_rows, plan_tiles
 from backends.models.config import LayerKind, ModelConfig
+from backends.models.devices import CPU
 from backends.models.exact import BLOCK, Tiling, tiled_linear
 from backends.models.loading import ModelSource
 from backends.models.products import Kernel, Matrix, lay_out
@@ -43,34 +44,39 @@ class LayerWeights:
         return sum(field.numel() for field in fields if isinstance(field, torch.Tensor | Matrix))
 
 
-def read_weight(source: ModelSource, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """One weight, its shape checked."""
+def read_weight(
+    source: ModelSource, name: str, shape: tuple[int, ...], dtype: torch.dtype, place: torch.device = CPU
+) -> torch.Tensor:
+    """One weight at ``place``, its shape checked."""
     weight = source.read(name)
     if tuple(weight.shape) != shape:
         raise BadInputError(
             f"{source.path}: weight {name!r} has shape {list(weight.shape)}, the config asks for {list(shape)}"
         )
-    return weight.to(dtype).contiguous()
+    return weight.to(dtype).contiguous().to(place)
 
 
-def read_layer(source: ModelSource, index: int, dtype: torch.dtype, kernel: Kernel) -> LayerWeights:
+def read_layer(
+    source: ModelSource, index: int, dtype: torch.dtype, kernel: Kernel, place: torch.device = CPU
+) -> LayerWeights:
     """Layer ``index`` of the model, its parallel projections fused; matrices in ``dtype``, vectors in float32."""
     c, family = source.config, source.config.family
     queries, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
 
     def matrix(name: str, outputs: int, inputs: int) -> torch.Tensor:
-        return read_weight(source, f"model.layers.{index}.{name}.weight", (outputs, inputs), dtype)
+        return read_weight(source, f"model.layers.{index}.{name}.weight", (outputs, inputs), dtype, place)
 
     def fused(*parts: tuple[str, int]) -> Matrix:
         """One part at a time is read."""
-        whole, start = torch.empty(sum(outputs for _, outputs in parts), c.hidden, dtype=dtype), 0
+        outputs = sum(part[1] for part in parts)
+        whole, start = torch.empty(outputs, c.hidden, dtype=dtype, device=place), 0
         for name, outputs in parts:
             whole[start : start + outputs] = matrix(name, outputs, c.hidden)
             start += outputs
         return lay_out(whole, kernel)
 
     def vector(name: str, size: int = c.hidden) -> torch.Tensor:
-        return read_weight(source, f"model.layers.{index}.{name}", (size,), torch.float32)
+        return read_weight(source, f"model.layers.{index}.{name}", (size,), torch.float32, place)
 
     projections = (("self_attn.q_proj", queries), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv))
     head_norms = (("self_attn.q_norm.weight", c.heads), ("self_attn.k_norm.weight", c.kv_heads))
@@ -98,22 +104,31 @@ class KvCache:
     ``keys`` and ``values`` are ``[layers, blocks, kv_heads, 64, head_dim]`` each, see ``attention.py``.
     """
 
-    def __init__(self, config: ModelConfig, kinds: Sequence[LayerKind], cells: int) -> None:
-        shape = (len(kinds), -(-cells // BLOCK), config.kv_heads, BLOCK, config.head_dim)
+    def __init__(
+        self,
+        config: ModelConfig,
+        kinds: Sequence[LayerKind],
+        cells: int,
+        place: torch.device = CPU,
+        spare_blocks: int = 0,
+    ) -> None:
+        shape = (len(kinds), -(-cells // BLOCK) + spare_blocks, config.kv_heads, BLOCK, config.head_dim)
         # Zeros, not whatever memory held: masked cells meet a weight of zero, and zero times NaN is NaN.
-        self.keys = torch.zeros(shape)
-        self.values = torch.zeros(shape)
-        self.rotary = {kind: rotary_tables(kind, config.head_dim, cells) for kind in dict.fromkeys(kinds)}
+        self.keys = torch.zeros(shape, device=place)
+        self.values = torch.zeros(shape, device=place)
+        self.rotary = {kind: rotary_tables(kind, config.head_dim, cells, place) for kind in dict.fromkeys(kinds)}
 
 
-def rotary_tables(kind: LayerKind, head_dim: int, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+def rotary_tables(
+    kind: LayerKind, head_dim: int, positions: int, place: torch.device = CPU
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines, and sines signed for the swapped halves, both ``[positions, 1, head_dim]`` (RoPE, arXiv 2104.09864)."""
     pairs = torch.arange(0, head_dim, 2, dtype=torch.float32)
     frequencies = 1.0 / kind.rope_theta ** (pairs / head_dim)
     if kind.rope_factors:
         frequencies = frequencies / torch.tensor(kind.rope_factors)
     angles = torch.outer(torch.arange(positions, dtype=torch.float32), frequencies).double()
-    cos, sin = angles.cos().float(), angles.sin().float()
+    cos, sin = angles.cos().float().to(place), angles.sin().float().to(place)
     return torch.cat((cos, cos), -1).unsqueeze(1), torch.cat((-sin, sin), -1).unsqueeze(1)
 
 
@@ -165,6 +180,32 @@ def plan_run(run: Run, cells: Sequence[int], table: CellTable, cache: KvCache, t
     )
 
 
+def forward_layer(
+    hidden: torch.Tensor,
+    layer: LayerWeights,
+    config: ModelConfig,
+    plan: RunPlan,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+) -> torch.Tensor:
+    """``hidden`` ``[padded, hidden]`` through one layer, whose cache is ``keys`` and ``values``."""
+    eps, bounds = config.norm_eps, plan.bounds
+    attended = _attention(rms_norm(hidden, layer.attention_norm, eps), layer, config, plan, keys, values)
+    change = tiled_linear(attended, layer.output, bounds)
+    if layer.post_attention_norm is not None:
+        change = rms_norm(change, layer.post_attention_norm, eps)
+    hidden = hidden + change
+    gate_up = tiled_linear(rms_norm(hidden, layer.mlp_norm, eps), layer.gate_up, bounds)
+    change = tiled_linear(gated(gate_up, config.family.activation), layer.down, bounds)
+    if layer.post_mlp_norm is not None:
+        change = rms_norm(change, layer.post_mlp_norm, eps)
+    return hidden + change
+
+
+LayerForward = Callable[[torch.Tensor, LayerWeights, ModelConfig, RunPlan, torch.Tensor, torch.Tensor], torch.Tensor]
+"""What :func:`forward_layer` is, or does as it does."""
+
+
 def run_layers(
     hidden: torch.Tensor,
     layers: Sequence[LayerWeights],
@@ -172,22 +213,13 @@ def run_layers(
     plan: RunPlan,
     cache: KvCache,
     should_stop: Callable[[], bool],
+    layer_forward: LayerForward = forward_layer,
 ) -> torch.Tensor | None:
     """Sends ``hidden`` ``[padded, hidden]`` through ``layers``; None once ``should_stop()`` says so."""
-    eps, bounds = config.norm_eps, plan.bounds
     for layer, keys, values in zip(layers, cache.keys, cache.values, strict=True):
         if should_stop():
             return None
-        attended = _attention(rms_norm(hidden, layer.attention_norm, eps), layer, config, plan, keys, values)
-        change = tiled_linear(attended, layer.output, bounds)
-        if layer.post_attention_norm is not None:
-            change = rms_norm(change, layer.post_attention_norm, eps)
-        hidden = hidden + change
-        gate_up = tiled_linear(rms_norm(hidden, layer.mlp_norm, eps), layer.gate_up, bounds)
-        change = tiled_linear(gated(gate_up, config.family.activation), layer.down, bounds)
-        if layer.post_mlp_norm is not None:
-            change = rms_norm(change, layer.post_mlp_norm, eps)
-        hidden = hidden + change
+        hidden = layer_forward(hidden, layer, config, plan, keys, values)
     return hidden
 
 

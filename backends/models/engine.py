@@ -46,7 +46,7 @@ class Part:
 
 
 class Engine(Protocol, Generic[Cache]):
-    """Computes the layers of one stage."""
+    """Computes the layers of one stage. Tensors that it returns lie on the stage's device."""
 
     @property
     def arithmetic(self) -> str:
@@ -62,6 +62,9 @@ class Engine(Protocol, Generic[Cache]):
 
     def open_cache(self, cells: int) -> Cache:
         """Keys and values of ``cells`` cells, whose positions stay under ``cells``."""
+
+    def close_cache(self, cache: Cache) -> None:
+        """The session of ``cache`` is over: what it holds may serve another."""
 
     def hidden_states(
         self,

@@ -14,8 +14,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from backends.models.config import ModelConfig
+from backends.models.devices import CPU
 from backends.models.products import Kernel, Matrix, available_kernels, lay_out
 from backends.models.rowwise import gated, rms_norm
+from pipesim.errors import BadInputError
 
 CANDIDATES = {Kernel.PREPACKED: (1, 4, 6, 8, 12, 16), Kernel.PLAIN: (1, 2, 3, 4, 5, 6, 7, 8)}
 """Row counts that a tile may have, if the check finds them to agree. Prepacked, 4 rows take no longer than 2 or 3."""
@@ -70,41 +72,56 @@ def tiled_linear(rows: torch.Tensor, matrix: Matrix, bounds: tuple[tuple[int, in
     return torch.cat([matrix.product(rows[start:stop]) for start, stop in bounds]).float()
 
 
-def choose_tiling(config: ModelConfig, dtype: torch.dtype) -> Tiling:
+def choose_tiling(config: ModelConfig, dtype: torch.dtype, place: torch.device = CPU) -> Tiling:
     """The largest set of row counts that agree bit for bit on all that the whole model does to rows.
 
     That is with the first available kernel of which several row counts agree. It depends on the machine, its threads,
     the model and ``dtype``, not on the layers a stage holds nor on timing: every stage split computes alike. Takes
     about half a second for SmolLM2-135M; later calls in the process are free.
+
+    Raises:
+        BadInputError: no row count agrees even with itself, so that nothing is exact here.
     """
-    return _choose_tiling(config, dtype, torch.get_num_threads())
+    return _choose_tiling(config, dtype, torch.get_num_threads(), place)
 
 
 @functools.lru_cache
-def _choose_tiling(config: ModelConfig, dtype: torch.dtype, threads: int) -> Tiling:
-    kernels = available_kernels(dtype)
-    tilings = (Tiling(agreeing_sizes(config, dtype, kernel), kernel) for kernel in kernels)
+def _choose_tiling(config: ModelConfig, dtype: torch.dtype, threads: int, place: torch.device) -> Tiling:
+    kernels = available_kernels(dtype, place)
+    tilings = (Tiling(agreeing_sizes(config, dtype, kernel, place), kernel) for kernel in kernels)
     return next(tiling for tiling in tilings if tiling.kernel is kernels[-1] or len(tiling.sizes) > 1)
 
 
-def agreeing_sizes(config: ModelConfig, dtype: torch.dtype, kernel: Kernel) -> tuple[int, ...]:
+def agreeing_sizes(
+    config: ModelConfig, dtype: torch.dtype, kernel: Kernel, place: torch.device = CPU
+) -> tuple[int, ...]:
     """Those of the ``kernel``'s candidates that agree, ascending; the largest such set."""
     generator = torch.Generator().manual_seed(0)
     agreeing: list[tuple[int, ...]] = [CANDIDATES[kernel]]
     with torch.inference_mode():
-        for product, probe in model_products(config, dtype, kernel, generator):
-            agreeing = _refine(agreeing, product, probe, generator)
+        for product, probe in model_products(config, dtype, kernel, generator, place):
+            agreeing = refined(agreeing, product, probe, generator, place)
             # A size that agrees with no other cannot win while others agree: spare the wide LM head, which comes last.
             agreeing = [sizes for sizes in agreeing if len(sizes) > 1] or agreeing
+    return largest(agreeing)
+
+
+def largest(agreeing: list[tuple[int, ...]]) -> tuple[int, ...]:
+    """The set with most row counts, of equal ones that with the largest. Raises BadInputError if there is none."""
+    if not agreeing:
+        raise BadInputError(
+            "execution.dtype: no number of rows gives the same result twice in it on this device, so runs cannot give "
+            "equal text: use another dtype or device"
+        )
     return max(agreeing, key=lambda sizes: (len(sizes), sizes))
 
 
 def model_products(
-    config: ModelConfig, dtype: torch.dtype, kernel: Kernel, generator: torch.Generator
+    config: ModelConfig, dtype: torch.dtype, kernel: Kernel, generator: torch.Generator, place: torch.device = CPU
 ) -> Iterator[tuple[RowProduct, torch.Tensor]]:
     """All that rows go through side by side, as functions of rows, each with a row to probe it by; one at a time."""
     yield from rowwise_functions(config, generator)
-    yield from attention_products(config, generator)
+    yield from attention_products(config, generator, place)
     for outputs, inputs in (
         (config.qkv_width, config.hidden),
         (config.hidden, config.heads * config.head_dim),
@@ -113,15 +130,20 @@ def model_products(
         (min(config.vocabulary, _PROBED_OUTPUTS), config.hidden),
     ):
         probe, weight = cancelling_pair(outputs, inputs, dtype, generator)
-        yield lay_out(weight, kernel).product, probe
+        yield lay_out(weight.to(place), kernel).product, probe
 
 
-def _refine(
-    agreeing: list[tuple[int, ...]], product: RowProduct, probe: torch.Tensor, generator: torch.Generator
+def refined(
+    agreeing: list[tuple[int, ...]],
+    product: RowProduct,
+    probe: torch.Tensor,
+    generator: torch.Generator,
+    place: torch.device = CPU,
 ) -> list[tuple[int, ...]]:
-    """Splits each set of row counts into those that agree on ``product``, too; one row alone always agrees."""
+    """Splits each set of row counts into those that agree on ``product``, too."""
     refined: list[tuple[int, ...]] = []
-    noise = torch.randn(LARGEST_TILE, probe.shape[0], generator=generator).to(probe.dtype)
+    noise = torch.randn(LARGEST_TILE, probe.shape[0], generator=generator).to(probe.dtype).to(place)
+    probe = probe.to(place)
     results = {size: probe_result(product, probe, noise, size) for sizes in agreeing for size in sizes}
     for sizes in agreeing:
         left = [size for size in sizes if results[size] is not None]
@@ -171,11 +193,11 @@ def rowwise_functions(config: ModelConfig, generator: torch.Generator) -> list[t
     heads, width, name = config.heads + config.kv_heads, config.head_dim, config.family.activation
 
     def norm(rows: torch.Tensor) -> torch.Tensor:
-        return rms_norm(rows, torch.ones(config.hidden), config.norm_eps)
+        return rms_norm(rows, torch.ones(config.hidden, device=rows.device), config.norm_eps)
 
     def head_norms(rows: torch.Tensor) -> torch.Tensor:
         queries_and_keys = rows.view(len(rows), -1, width)[:, :heads]
-        return rms_norm(queries_and_keys, torch.ones(heads, width), config.norm_eps).flatten(1)
+        return rms_norm(queries_and_keys, torch.ones(heads, width, device=rows.device), config.norm_eps).flatten(1)
 
     def activation(rows: torch.Tensor) -> torch.Tensor:
         return gated(rows, name)
@@ -202,13 +224,15 @@ def telling_values(function: RowProduct, generator: torch.Generator) -> torch.Te
     return telling if len(telling) else values
 
 
-def attention_products(config: ModelConfig, generator: torch.Generator) -> list[tuple[RowProduct, torch.Tensor]]:
+def attention_products(
+    config: ModelConfig, generator: torch.Generator, place: torch.device = CPU
+) -> list[tuple[RowProduct, torch.Tensor]]:
     """The two products of one attention block (see ``attention.py``), as functions of rows, each with its probe."""
     group, kv_heads, width = config.group, config.kv_heads, config.head_dim
     query, key = cancelling_pair(kv_heads * BLOCK, width, torch.float32, generator)
-    keys = key.view(kv_heads, BLOCK, width)
+    keys = key.to(place).view(kv_heads, BLOCK, width)
     weight, value = cancelling_pair(kv_heads * width, BLOCK, torch.float32, generator)
-    values = value.view(kv_heads, width, BLOCK).transpose(1, 2).contiguous()
+    values = value.to(place).view(kv_heads, width, BLOCK).transpose(1, 2).contiguous()
 
     def batched(rows: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
         """NaN where the product of a block depends on how many are in its batch: no size agrees then."""

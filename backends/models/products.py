@@ -7,6 +7,8 @@ from enum import Enum
 import torch
 import torch.nn.functional as F  # noqa: N812
 
+from backends.models.devices import CPU
+
 PACKED_FOR_ROWS = 16
 """The row count that oneDNN lays out a prepacked weight for; it serves every other as well."""
 
@@ -48,11 +50,13 @@ def lay_out(weight: torch.Tensor, kernel: Kernel) -> Matrix:
 
 
 @functools.cache
-def available_kernels(dtype: torch.dtype) -> tuple[Kernel, ...]:
-    """The kernels that this build of PyTorch has on this machine for ``dtype``, the preferred one first.
+def available_kernels(dtype: torch.dtype, place: torch.device = CPU) -> tuple[Kernel, ...]:
+    """The kernels that this build of PyTorch has on this machine for ``dtype`` at ``place``, the preferred one first.
 
     Prepacking is what torch.compile's freezing emits, but private to PyTorch: tried out, not looked up.
     """
+    if place != CPU:
+        return (Kernel.PLAIN,)
     weight, rows = (torch.linspace(-1, 1, 64 * count).view(count, 64).to(dtype) for count in (32, 3))
     try:
         with torch.inference_mode():

@@ -27,6 +27,6 @@ def gated(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
     """
     gate, up = gate_up.chunk(2, -1)
     together, function = max(1, _SHARED_FROM // gate.shape[-1]), _ACTIVATIONS[activation]
-    if len(gate) <= together:
+    if gate.is_cuda or len(gate) <= together:
         return function(gate) * up
     return torch.cat([function(rows) for rows in torch.split(gate, together)]) * up

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from backends.models.devices import Device
 from backends.models.engine import Engine, Part
 from backends.models.loading import ModelSource
 from backends.models.torch_engine import TorchEngine
@@ -46,10 +47,11 @@ class StageModel:
     final norm and the LM head on the last.
 
     ``dtype`` is the type of the matrices. ``threads`` sets PyTorch's threads for the whole process. ``skipped`` layers
-    are left out (a self-draft). ``engine`` computes.
+    are left out (a self-draft). ``engine`` computes, on ``device``; tensors come and go in the host's memory.
 
     Raises:
-        BadInputError: the model has no such layers, or a weight is missing or of a wrong shape.
+        BadInputError: the model has no such layers, a weight is missing or of a wrong shape, or nothing is exact in
+            ``dtype`` on the device.
     """
 
     def __init__(
@@ -60,12 +62,14 @@ class StageModel:
         dtype: torch.dtype = torch.float32,
         threads: int = 1,
         skipped: Collection[int] = (),
+        device: Device | None = None,
     ) -> None:
         part = Part.of(source.config, first_layer, last_layer, tuple(skipped), source.path)
         torch.set_num_threads(threads)
         self.config = source.config
         self.is_first, self.is_last = part.is_first, part.is_last
-        self.engine: Engine[Any] = TorchEngine(source, part, dtype)
+        self._device = device or Device()
+        self.engine: Engine[Any] = TorchEngine(source, part, dtype, self._device)
         self._sessions: dict[int, Session] = {}
 
     @property
@@ -85,7 +89,7 @@ class StageModel:
 
     def close_session(self, session: int) -> None:
         """Forgets the session and its KV cells."""
-        self._session(session)
+        self.engine.close_cache(self._session(session).cache)
         del self._sessions[session]
 
     def admit(self, session: int, run: Run) -> list[int]:
@@ -109,14 +113,19 @@ class StageModel:
         """Computes the admitted ``run``: hidden states ``[rows, hidden]``, or on the last stage the predicted tokens.
 
         ``hidden`` is what the previous stage returned, None on the first stage. Only the run's output rows are
-        predicted. Returns None as soon as ``should_stop()``, asked before every layer, is true.
+        predicted. Returns None as soon as ``should_stop()``, asked before every layer or tile, is true.
         """
         if not self.is_last:
-            return self._hidden_states(session, run, hidden, cells, should_stop)
-        logits = self.logits(session, run, hidden, cells, should_stop)
+            states = self._hidden_states(session, run, hidden, cells, should_stop)
+            return None if states is None else self._device.fetch(states)
+        logits = self._logits(session, run, hidden, cells, should_stop)
         if logits is None:
             return None
         held = self._session(session)
+        if held.sampling.is_greedy:  # ids travel home, not logits; argmax takes the lowest id, too
+            ids: list[int] = logits.argmax(-1).tolist()
+            return ids
+        logits = self._device.fetch(logits)
         positions = run.positions[run.first_output_row :]
         histories: Sequence[History] = held.histories(run) if held.sampling.needs_history else [()] * run.outputs
         rows = zip(logits.numpy(), positions, histories, strict=True)
@@ -131,6 +140,18 @@ class StageModel:
         should_stop: Callable[[], bool] = _never,
     ) -> torch.Tensor | None:
         """As :meth:`forward` on the last stage, but the logits ``[outputs, vocabulary]`` themselves."""
+        logits = self._logits(session, run, hidden, cells, should_stop)
+        return None if logits is None else self._device.fetch(logits)
+
+    def _logits(
+        self,
+        session: int,
+        run: Run,
+        hidden: torch.Tensor | None,
+        cells: Sequence[int],
+        should_stop: Callable[[], bool],
+    ) -> torch.Tensor | None:
+        """The logits, on the device."""
         if not self.is_last:
             raise InvariantError("logits were asked of a stage without the LM head")
         states = self._hidden_states(session, run, hidden, cells, should_stop)

@@ -6,12 +6,14 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from backends.models.decoder import KvCache, plan_run, read_layer, read_weight, run_layers
+from backends.models.devices import Device
 from backends.models.engine import Part
 from backends.models.exact import choose_tiling, pad_rows, tiled_linear
 from backends.models.huge_pages import mapped, use_huge_pages
 from backends.models.loading import ModelSource
 from backends.models.products import Matrix, lay_out
 from backends.models.rowwise import rms_norm
+from backends.models.steps import FixedRuns, agreeing_steps
 from pipesim.errors import InvariantError
 from pipesim.scheduling.cells import CellTable
 from pipesim.scheduling.runs import Run
@@ -22,26 +24,31 @@ _WORTH_HUGE_PAGES = 64e6  # bytes of weights; fewer stay in a cache
 class TorchEngine:
     """Implements ``Engine``. ``tiling`` reports which row tiles the start-up check found to be exact here.
 
-    ``dtype`` is the type of the matrices; norms, attention and hidden states stay float32.
+    ``dtype`` is the type of the matrices; norms, attention and hidden states stay float32. All lie on ``device``; where
+    that wants fixed shapes, the layers are computed in the steps of ``steps.py``.
     """
 
     hidden_dtype = torch.float32
 
-    def __init__(self, source: ModelSource, part: Part, dtype: torch.dtype) -> None:
-        config = part.config
-        self.tiling = choose_tiling(config, dtype)
+    def __init__(self, source: ModelSource, part: Part, dtype: torch.dtype, device: Device) -> None:
+        config, place = part.config, device.place
+        self.device = device
+        self.tiling = choose_tiling(config, dtype, place)
+        if device.fixed_shapes:
+            self.tiling = agreeing_steps(self.tiling, config, dtype, device)
+        self._idle: FixedRuns | None = None
         self._part, self._config, self._dtype = part, config, dtype
         shared = mapped()
-        self.layers = [read_layer(source, index, dtype, self.tiling.kernel) for index in part.kept]
+        self.layers = [read_layer(source, index, dtype, self.tiling.kernel, place) for index in part.kept]
         table = (config.vocabulary, config.hidden)
         self._embedding = self._norm = None
         self.head: Matrix | None = None
         if part.is_first or (part.is_last and config.tied):
-            embedding = read_weight(source, "model.embed_tokens.weight", table, dtype)
+            embedding = read_weight(source, "model.embed_tokens.weight", table, dtype, place)
             self._embedding = embedding if part.is_first else None
         if part.is_last:
-            self._norm = read_weight(source, "model.norm.weight", (config.hidden,), torch.float32)
-            head = embedding if config.tied else read_weight(source, "lm_head.weight", table, dtype)
+            self._norm = read_weight(source, "model.norm.weight", (config.hidden,), torch.float32, place)
+            head = embedding if config.tied else read_weight(source, "lm_head.weight", table, dtype, place)
             self.head = lay_out(head, self.tiling.kernel)
         if self.parameters * dtype.itemsize >= _WORTH_HUGE_PAGES:
             use_huge_pages(besides=shared)
@@ -49,7 +56,7 @@ class TorchEngine:
     @property
     def arithmetic(self) -> str:
         """As in ``Engine``."""
-        return f"torch {torch.__version__}, {self._dtype}, {self.tiling}".replace("torch.", "")
+        return f"torch {torch.__version__}, {self.device}, {self._dtype}, {self.tiling}".replace("torch.", "")
 
     @property
     def parameters(self) -> int:
@@ -58,9 +65,18 @@ class TorchEngine:
         others = (embedding, self._norm, self.head)
         return sum(layer.parameters for layer in self.layers) + sum(one.numel() for one in others if one is not None)
 
-    def open_cache(self, cells: int) -> KvCache:
-        """As in ``Engine``."""
+    def open_cache(self, cells: int) -> KvCache | FixedRuns:
+        """As in ``Engine``; fixed shapes that were recorded for as large a cache are used again."""
+        if self.device.fixed_shapes:
+            idle, self._idle = self._idle, None
+            if idle is not None and idle.cells == cells:
+                return idle
+            return FixedRuns(self.layers, self._config, cells, self.tiling, self.device)
         return KvCache(self._config, [layer.kind for layer in self.layers], cells)
+
+    def close_cache(self, cache: KvCache | FixedRuns) -> None:
+        """As in ``Engine``."""
+        self._idle = cache if isinstance(cache, FixedRuns) else None
 
     @torch.inference_mode()
     def hidden_states(
@@ -69,17 +85,25 @@ class TorchEngine:
         hidden: torch.Tensor | None,
         cells: Sequence[int],
         table: CellTable,
-        cache: KvCache,
+        cache: KvCache | FixedRuns,
         should_stop: Callable[[], bool],
     ) -> torch.Tensor | None:
         """As in ``Engine``."""
+        rows = self._enter(run, hidden)
+        if isinstance(cache, FixedRuns):
+            return cache.forward(rows, run, cells, table, should_stop)
         plan = plan_run(run, cells, table, cache, self.tiling)
+        states = run_layers(pad_rows(rows, plan.padded), self.layers, self._config, plan, cache, should_stop)
+        return None if states is None else states[: run.rows]
+
+    def _enter(self, run: Run, hidden: torch.Tensor | None) -> torch.Tensor:
+        """The rows that go into the first layer, ``[rows, hidden]``."""
         if self._embedding is not None:
-            hidden = F.embedding(torch.tensor(run.tokens), self._embedding).float() * self._config.embedding_scale
+            tokens = self.device.send(torch.tensor(run.tokens)).arrived()
+            return F.embedding(tokens, self._embedding).float() * self._config.embedding_scale
         if hidden is None:
             raise InvariantError("a stage without the embedding was given no hidden states")
-        states = run_layers(pad_rows(hidden, plan.padded), self.layers, self._config, plan, cache, should_stop)
-        return None if states is None else states[: run.rows]
+        return self.device.send(hidden).arrived()
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

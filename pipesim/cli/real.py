@@ -108,7 +108,10 @@ def generate_command(
     repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: fewer tokens come again.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End the text before this string; may be repeated.")] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[
+        str | None, typer.Option(help="Where stages compute: cpu, cuda:0, ..; several, by commas, for one each.")
+    ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without chat template.")] = False,
     overrides: SetOption = None,
     events: EventsOption = None,
@@ -151,7 +154,7 @@ def generate_command(
         },
         "policy": {"name": policy},
         "policies": LOOK_UP_SETTINGS if drafter == "ngram" else {},
-        "execution": {"drafter": drafter, "dtype": dtype, "hosts": hosts},
+        "execution": {"drafter": drafter, "dtype": dtype, "hosts": hosts, "device": _devices(device)},
         "seed": seed,
     }
     if drafter == "planted":
@@ -190,6 +193,10 @@ def _hosts(path: Path) -> list[str]:
     if not isinstance(listed, list) or not listed or not all(isinstance(host, str) for host in listed):
         raise BadInputError(f"--cluster {path}: a YAML list of HOST:PORT is needed, one for each stage")
     return listed
+
+
+def _devices(listed: str | None) -> str | list[str] | None:
+    return listed.split(",") if listed and "," in listed else listed
 
 
 def _report_generation(outcome: RealResult, as_json: bool, trace_file: Path | None) -> None:
@@ -240,6 +247,7 @@ def execute_command(
 @app.command("stage")
 def stage_command(
     listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where to listen; port 0 takes a free one.")],
+    device: Annotated[str, typer.Option(help="Where to compute, if the head names no device: cpu, cuda:0, ..")] = "cpu",
     log_level: LogLevelOption = None,
     log_file: LogFileOption = None,
 ) -> None:
@@ -251,7 +259,7 @@ def stage_command(
     Example: pipesim stage --listen 0.0.0.0:50051 --log-level info
     """
     with _interruptible():
-        _executor(log_level, log_file).serve_stage(listen)
+        _executor(log_level, log_file).serve_stage(listen, device)
 
 
 @app.command("compare")

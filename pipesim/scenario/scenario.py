@@ -159,6 +159,9 @@ class Scenario(Section):
         execution = self.execution
         if execution.spares and not any(hosts or ()):
             yield "execution.spares: they take the place of lost hosts, and execution.hosts names none: remove them"
+        devices = len(execution.devices(last_hop))
+        if devices != last_hop:
+            yield f"execution.device: {devices} devices for {last_hop} stages: one per stage, or one for all"
         if execution.skip_layers is not None and execution.drafter != "layer-skip":
             yield (
                 f"execution.skip_layers: only layer-skip leaves layers out, execution.drafter is "

@@ -1,8 +1,9 @@
 """What the user asks for, by which policy, and how real pipelines are brought up."""
 
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from pipesim.scenario.section import Section
 from pipesim.scheduling.policy import Policy, make_policy
@@ -49,6 +50,18 @@ class PolicySection(BaseModel):
         return make_policy(self.name, self.model_extra)
 
 
+def _device(name: Any) -> Any:
+    if not (isinstance(name, str) and re.fullmatch(r"cpu|cuda:\d+", name)):
+        raise ValueError(f"{name!r} is no device, use cpu, or cuda:0, cuda:1, ..")
+    return name
+
+
+def _devices(names: Any) -> Any:
+    if isinstance(names, list | tuple):
+        return tuple(name if name is None else _device(name) for name in names)
+    return names if names is None else _device(names)
+
+
 class Recovery(Section):
     """Real runs: what is done about a lost stage."""
 
@@ -69,8 +82,13 @@ class Execution(Section):
     """layer-skip: layers to leave out; null: 5, 12, 17 and 25 of 30, the same depths of other models, the ends kept."""
     hosts: tuple[str | None, ...] | None = Field(default=None, strict=False)
     """host:port of a running stage server for each stage, null to start one here; null: start all here."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of weight matrices; activations are always float32."""
+    device: Annotated[str | tuple[str | None, ...] | None, BeforeValidator(_devices)] = None
+    """Where stages compute: cpu, cuda:0, cuda:1, ..; one for all or one for each stage. null: what the stage server was
+    started with, cpu for those started here."""
+    drafter_device: Annotated[str, AfterValidator(_device)] = "cpu"
+    """Where a draft model computes."""
     threads_per_stage: int = Field(default=1, ge=1)
     """Compute threads of each stage process."""
     startup_timeout_s: float = Field(default=120.0, gt=0)
@@ -80,3 +98,7 @@ class Execution(Section):
     spares: tuple[str, ...] = Field(default=(), strict=False)
     """host:port of running stage servers without a stage: each takes the place of one of hosts that is lost and does
     not come back within 10 s."""
+
+    def devices(self, stages: int) -> tuple[str | None, ...]:
+        """The device of each of so many stages."""
+        return self.device if isinstance(self.device, tuple) else (self.device,) * stages
