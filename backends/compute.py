@@ -55,8 +55,9 @@ class ComputeLoop:
         try:
             while not task.done():
                 if self._jobs:
-                    self._turn(1)  # what the last job has left to send goes out before the next one computes
                     self._jobs.popleft()()
+                    if self._jobs:
+                        self._turn(1)  # what the job has left to send goes out before the next one computes
                 else:
                     self._idle = True
                     self._loop.run_forever()

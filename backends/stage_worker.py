@@ -208,5 +208,6 @@ def _to_tensor(activation: Activation) -> torch.Tensor:
 
 def _from_tensor(hidden: torch.Tensor) -> Activation:
     rows, width = hidden.shape
-    data = hidden.contiguous().view(torch.uint8).numpy().tobytes()
+    plain = hidden if hidden.dtype == torch.float32 else hidden.contiguous().view(torch.int16)
+    data = plain.numpy().tobytes()
     return Activation(str(hidden.dtype).removeprefix("torch."), (rows, width), data)

@@ -1,0 +1,287 @@
+"""Measures what a hop between stages costs, by payload, and what gRPC costs a pipeline of one stage.
+
+``python -m analysis.hops -o docs/hops.md`` chains two stages over loopback whose layers only read memory for 5 ms, as
+a model reads its weights, and hand on activations of a given size; then it generates with SmolLM2-135M behind one
+stage, and with the same layers in a bare loop in this process, in turns.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from backends.cluster import ClusterPlan, running_pipeline, stage_parts
+from backends.compute import ComputeLoop
+from backends.control import ConfigureStage
+from backends.frames import OpenFrame, ReleaseFrame, ResultFrame, RunFrame
+from backends.head import Head
+from backends.models.finding import DEFAULT_MODEL
+from backends.models.loading import ModelSource, open_model
+from backends.models.stage_model import StageModel
+from backends.node import Node
+from backends.pipeline import Pipeline
+from backends.sampling import Sampling
+from backends.serve import listen
+from pipesim.errors import PipesimError
+from pipesim.recorder import Recorder
+from pipesim.scheduling.events import GenerationStarted
+from pipesim.scheduling.policies.autoregressive import Autoregressive
+from pipesim.scheduling.runs import Run, RunKind
+from pipesim.scheduling.scheduler import Scheduler
+
+PAYLOADS = ((1, 128), (1, 576), (1, 2048), (16, 576), (16, 1024), (64, 576), (256, 1024))
+"""Rows and width of the activations, float32."""
+AIM_MS = 0.6
+_COMPUTE_S = 0.005
+_WARM_UP = 10
+_PROMPT = tuple(range(100, 116))
+
+
+class MemoryReader:
+    """Stands in for a stage's layers: reads 16 MB again and again, for 5 ms a run. Its model's name is a width."""
+
+    def __init__(self, order: ConfigureStage) -> None:
+        self.is_last = order.stage == 1
+        self._width = int(order.model)
+        self._weights = torch.ones(4_000_000)
+
+    def open_session(self, session: int, kv_cells: int, sequences: int, sampling: Sampling) -> None:
+        """There is nothing to prepare."""
+
+    def close_session(self, session: int) -> None:
+        """There is nothing to forget."""
+
+    def admit(self, session: int, run: Run) -> list[int]:
+        """Any cells will do."""
+        return list(range(run.rows))
+
+    def forward(
+        self,
+        session: int,
+        run: Run,
+        hidden: torch.Tensor | None,
+        cells: Sequence[int],
+        should_stop: Callable[[], bool],
+    ) -> torch.Tensor | list[int] | None:
+        """Activations of the agreed size, or one token per output row."""
+        end = time.monotonic() + _COMPUTE_S
+        while time.monotonic() < end:
+            self._weights.sum()
+            should_stop()
+        return [1] * run.outputs if self.is_last else torch.ones(run.rows, self._width)
+
+
+@dataclass(frozen=True, slots=True)
+class Hops:
+    """Milliseconds, one entry per run: head to first stage, first to second stage, second stage to head."""
+
+    out: list[float]
+    between: list[float]
+    home: list[float]
+
+
+def _serve() -> None:
+    def announce(port: int) -> None:
+        print(port, flush=True)
+
+    compute = ComputeLoop()
+    compute.run(listen(compute, "127.0.0.1:0", announce, MemoryReader))
+
+
+@contextlib.contextmanager
+def _nodes(count: int) -> Iterator[list[str]]:
+    command = [sys.executable, "-m", "analysis.hops", "--node"]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(count)]
+    try:
+        yield [f"127.0.0.1:{int(process.stdout.readline())}" for process in processes if process.stdout]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+@contextlib.asynccontextmanager
+async def _pipeline(addresses: Sequence[str], width: int) -> AsyncIterator[Pipeline]:
+    pipeline = Pipeline()
+    for index, address in enumerate(addresses):
+        pipeline.stages.append(Node(f"stage {index}", address, None, pipeline.node_failed, pipeline.link_lost))
+    try:
+        for index, stage in enumerate(pipeline.stages):
+            await stage.configure(ConfigureStage(pipeline.token, index, str(width), "", index, index + 1, "float32", 1))
+        await pipeline.connect()
+        yield pipeline
+    finally:
+        await pipeline.close()
+
+
+async def _hops(addresses: Sequence[str], rows: int, width: int, runs: int) -> Hops:
+    hops = Hops([], [], [])
+    async with _pipeline(addresses, width) as pipeline:
+        session = pipeline.new_session()
+        pipeline.send(OpenFrame(session, rows, 1, Sampling()))
+        await pipeline.inbox.get()
+        for number in range(_WARM_UP + runs):
+            run = Run(number, 0, RunKind.CANONICAL, (1,) * rows, tuple(range(rows)), (1,) * rows)
+            sent = time.monotonic()
+            pipeline.send(RunFrame(session, run))
+            news = await pipeline.inbox.get()
+            heard = time.monotonic()
+            if isinstance(news, PipesimError):
+                raise news
+            if not isinstance(news[0], ResultFrame):
+                raise TypeError(f"{news[0]} came home instead of run {number}")
+            first, second = news[0].stamps
+            if number >= _WARM_UP:
+                hops.out.append(1e3 * (first.start - sent))
+                hops.between.append(1e3 * (second.start - first.end))
+                hops.home.append(1e3 * (heard - second.end))
+        pipeline.send(ReleaseFrame(session))
+        await pipeline.inbox.get()
+    return hops
+
+
+def measure_hops(
+    payloads: Sequence[tuple[int, int]] = PAYLOADS, runs: int = 40, rounds: int = 3
+) -> dict[tuple[int, int], Hops]:
+    """For each payload ``runs`` hops in each of ``rounds`` rounds; the payloads take turns."""
+    found = {payload: Hops([], [], []) for payload in payloads}
+    with _nodes(2) as addresses:
+        for _ in range(rounds):
+            for (rows, width), hops in found.items():
+                news = asyncio.run(_hops(addresses, rows, width, runs))
+                for kept, new in ((hops.out, news.out), (hops.between, news.between), (hops.home, news.home)):
+                    kept += new
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """Tokens per second of each round: behind one stage, and in the bare loop."""
+
+    behind_grpc: list[float]
+    bare: list[float]
+
+    @property
+    def rounds(self) -> list[float]:
+        """The ratio in each round."""
+        return [ours / bare for ours, bare in zip(self.behind_grpc, self.bare, strict=True)]
+
+    @property
+    def median(self) -> float:
+        """Of the rounds' ratios."""
+        return statistics.median(self.rounds)
+
+
+def _bare(model: StageModel, tokens: int) -> float:
+    """Plain decoding, tokens per second after the first."""
+    model.open_session(0, len(_PROMPT) + tokens, 1, Sampling())
+    times, batch, start = [], _PROMPT, 0
+    for number in range(tokens):
+        kind = RunKind.CANONICAL if number else RunKind.PREFILL
+        positions = tuple(range(start, start + len(batch)))
+        run = Run(number, 0, kind, batch, positions, (1,) * len(batch), len(batch) - 1)
+        predicted = model.forward(0, run, None, model.admit(0, run))
+        assert isinstance(predicted, list)
+        times.append(time.monotonic())
+        start, batch = start + len(batch), (predicted[0],)
+    model.close_session(0)
+    return (tokens - 1) / (times[-1] - times[0])
+
+
+async def _behind_grpc(pipeline: Pipeline, tokens: int) -> float:
+    times: list[float] = []
+    recorder = Recorder(Scheduler(Autoregressive()), 0, ["stage 0"])
+    head = Head(pipeline, recorder, lambda _: times.append(time.monotonic()))
+    await head.generate(GenerationStarted(_PROMPT, tokens), Sampling())
+    return (tokens - 1) / (times[-1] - times[0])
+
+
+def measure_ratio(source: ModelSource, tokens: int = 24, rounds: int = 5) -> Ratio:
+    """SmolLM2-135M in float32, one thread, the two forms in turns."""
+
+    async def measure() -> Ratio:
+        model, found = StageModel(source, 0, source.config.layers), Ratio([], [])
+        async with running_pipeline(ClusterPlan(DEFAULT_MODEL, stage_parts([source.config.layers]))) as pipeline:
+            for _ in range(rounds):
+                found.bare.append(_bare(model, tokens))
+                found.behind_grpc.append(await _behind_grpc(pipeline, tokens))
+        return found
+
+    return asyncio.run(measure())
+
+
+def _spread(values: Sequence[float]) -> str:
+    deciles = statistics.quantiles(values, n=10)
+    return f"{statistics.median(values):.2f} ({deciles[0]:.2f} .. {deciles[-1]:.2f})"
+
+
+def page(found: dict[tuple[int, int], Hops], ratio: Ratio) -> str:
+    """The page as Markdown."""
+    lines = ["| activations | KB | stage to stage | head to stage | stage to head |", "|---|---:|---:|---:|---:|"]
+    for (rows, width), hops in found.items():
+        size = f"{rows} x {width} | {rows * width * 4 / 1024:.1f}"
+        lines.append(f"| {size} | {_spread(hops.between)} | {_spread(hops.out)} | {_spread(hops.home)} |")
+    table = "\n".join(lines)
+    runs = len(next(iter(found.values())).between)
+    one_row = [statistics.median(hops.between) for (rows, _), hops in found.items() if rows == 1]
+    verdict = "reached" if max(one_row) <= AIM_MS else "missed"
+    reached = "reached" if ratio.median >= 0.9 else "missed"
+    return f"""# What a hop costs
+
+Milliseconds over loopback on one machine ({platform.machine()}, {os.cpu_count()} cores): medians of {runs} hops (10th
+to 90th percentile), the sizes in turns. Two stages whose layers read memory for 5 ms a run, as a model reads its
+weights, so that a hop finds its code and data out of the caches and the next processor asleep, as in plain decoding. A
+hop between stages lasts from the end of computation on one to its start on the next: serialisation, gRPC, parsing.
+
+{table}
+
+The aim is {AIM_MS} ms per token and hop: for one row it is {verdict} ({min(one_row):.2f} .. {max(one_row):.2f} ms).
+
+SmolLM2-135M in float32, one thread, plain decoding behind one stage: {statistics.median(ratio.behind_grpc):.1f}
+tokens/s; the same layers in a bare loop in one process: {statistics.median(ratio.bare):.1f} tokens/s. Median ratio of
+{len(ratio.bare)} rounds {ratio.median:.3f} ({min(ratio.rounds):.3f} .. {max(ratio.rounds):.3f}); the aim of 0.9 is
+{reached}.
+
+## Where the time goes
+
+Measured with stamps along the way, at one row: about half of a hop passes inside gRPC, which wakes three threads of
+its own one after another before the receiver's event loop hears of a message. With
+`GRPC_EXPERIMENTS=-event_engine_client,-event_engine_listener` (grpcio 1.85) two of them are left out and a hop is
+about 0.1 ms shorter; it is an experiment's switch that will vanish, so nothing here depends on it. The other half is
+Python code that has to come from main memory after each pass over the weights. That is why a node has one thread: it
+reads a run, computes it, and sends it on, without a change of thread (`backends/compute.py`).
+
+Made by `python -m analysis.hops -o docs/hops.md`.
+"""
+
+
+def main() -> None:
+    """Measures and writes the page."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("-o", "--output", type=Path, help="Markdown file to write")
+    parser.add_argument("--node", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.node:
+        torch.set_num_threads(1)
+        _serve()
+        return
+    found, ratio = measure_hops(), measure_ratio(open_model(DEFAULT_MODEL))
+    text = page(found, ratio)
+    if arguments.output:
+        arguments.output.write_text(text, encoding="utf-8")
+    print(json.dumps({"hop_ms": statistics.median(found[(1, 576)].between), "ratio": ratio.median}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""What a hop costs, and gRPC as such; bounds are loose. ``python -m analysis.hops`` writes the figures down."""
+
+import statistics
+
+import pytest
+
+from analysis.hops import measure_hops, measure_ratio
+from backends.models.finding import DEFAULT_MODEL
+from backends.models.loading import open_model
+from pipesim.errors import BadInputError
+
+
+@pytest.mark.slow
+def test_a_hop_of_one_row_costs_little() -> None:
+    """The aim is 0.6 ms; docs/hops.md says what it is. A machine that others use doubles it now and then."""
+    (hops,) = measure_hops(payloads=[(1, 576)], runs=60, rounds=1).values()
+    assert statistics.median(hops.between) < 1.2
+
+
+@pytest.mark.slow
+@pytest.mark.model
+def test_one_stage_behind_grpc_has_nine_tenths_of_the_bare_loops_speed() -> None:
+    try:
+        source = open_model(DEFAULT_MODEL)
+    except BadInputError as error:
+        pytest.skip(f"SKIPPED: {error}")
+    assert measure_ratio(source).median > 0.9
