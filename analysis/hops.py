@@ -151,7 +151,7 @@ async def _hops(addresses: Sequence[str], rows: int, width: int, runs: int) -> H
     return hops
 
 
-def measure_hops(
+async def measure_hops(
     payloads: Sequence[tuple[int, int]] = PAYLOADS, runs: int = 40, rounds: int = 3
 ) -> dict[tuple[int, int], Hops]:
     """For each payload ``runs`` hops in each of ``rounds`` rounds; the payloads take turns."""
@@ -159,7 +159,7 @@ def measure_hops(
     with _nodes(2) as addresses:
         for _ in range(rounds):
             for (rows, width), hops in found.items():
-                news = asyncio.run(_hops(addresses, rows, width, runs))
+                news = await _hops(addresses, rows, width, runs)
                 for kept, new in ((hops.out, news.out), (hops.between, news.between), (hops.home, news.home)):
                     kept += new
     return found
@@ -207,18 +207,18 @@ async def _behind_grpc(pipeline: Pipeline, tokens: int) -> float:
     return (tokens - 1) / (times[-1] - times[0])
 
 
-def measure_ratio(source: ModelSource, tokens: int = 24, rounds: int = 5) -> Ratio:
+async def measure_ratio(source: ModelSource, tokens: int = 24, rounds: int = 5) -> Ratio:
     """SmolLM2-135M in float32, one thread, the two forms in turns."""
+    model, found = StageModel(source, 0, source.config.layers), Ratio([], [])
+    async with running_pipeline(ClusterPlan(DEFAULT_MODEL, stage_parts([source.config.layers]))) as pipeline:
+        for _ in range(rounds):
+            found.bare.append(_bare(model, tokens))
+            found.behind_grpc.append(await _behind_grpc(pipeline, tokens))
+    return found
 
-    async def measure() -> Ratio:
-        model, found = StageModel(source, 0, source.config.layers), Ratio([], [])
-        async with running_pipeline(ClusterPlan(DEFAULT_MODEL, stage_parts([source.config.layers]))) as pipeline:
-            for _ in range(rounds):
-                found.bare.append(_bare(model, tokens))
-                found.behind_grpc.append(await _behind_grpc(pipeline, tokens))
-        return found
 
-    return asyncio.run(measure())
+async def _measure() -> tuple[dict[tuple[int, int], Hops], Ratio]:
+    return await measure_hops(), await measure_ratio(open_model(DEFAULT_MODEL))
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -255,12 +255,13 @@ tokens/s; the same layers in a bare loop in one process: {statistics.median(rati
 
 ## Where the time goes
 
-Measured with stamps along the way, at one row: about half of a hop passes inside gRPC, which wakes three threads of
-its own one after another before the receiver's event loop hears of a message. With
-`GRPC_EXPERIMENTS=-event_engine_client,-event_engine_listener` (grpcio 1.85) two of them are left out and a hop is
-about 0.1 ms shorter; it is an experiment's switch that will vanish, so nothing here depends on it. The other half is
-Python code that has to come from main memory after each pass over the weights. That is why a node has one thread: it
-reads a run, computes it, and sends it on, without a change of thread (`backends/compute.py`).
+Measured by hand with stamps along the way, at one row: 0.43 to 0.60 ms of a hop pass inside gRPC, from the sender's
+write to the receiver's handler. A system call trace shows why: the message goes through three threads of gRPC, woken
+one after another, before the receiver's event loop hears of it. With
+`GRPC_EXPERIMENTS=-event_engine_client,-event_engine_listener` (grpcio 1.85) a hop was about 0.1 ms shorter; that is an
+experiment's switch that will vanish, so nothing here depends on it. The rest is Python code that has to come from main
+memory after each pass over the weights. A node has one thread: it reads a run, computes it, and sends it on, without a
+change of thread (`backends/compute.py`).
 
 Made by `python -m analysis.hops -o docs/hops.md`.
 """
@@ -276,7 +277,7 @@ def main() -> None:
         torch.set_num_threads(1)
         _serve()
         return
-    found, ratio = measure_hops(), measure_ratio(open_model(DEFAULT_MODEL))
+    found, ratio = asyncio.run(_measure())
     text = page(found, ratio)
     if arguments.output:
         arguments.output.write_text(text, encoding="utf-8")

@@ -1,5 +1,6 @@
 """What a hop costs, and gRPC as such; bounds are loose. ``python -m analysis.hops`` writes the figures down."""
 
+import asyncio
 import statistics
 
 import pytest
@@ -13,7 +14,7 @@ from pipesim.errors import BadInputError
 @pytest.mark.slow
 def test_a_hop_of_one_row_costs_little() -> None:
     """The aim is 0.6 ms; docs/hops.md says what it is. A machine that others use doubles it now and then."""
-    (hops,) = measure_hops(payloads=[(1, 576)], runs=60, rounds=1).values()
+    (hops,) = asyncio.run(measure_hops(payloads=[(1, 576)], runs=60, rounds=1)).values()
     assert statistics.median(hops.between) < 1.2
 
 
@@ -24,4 +25,4 @@ def test_one_stage_behind_grpc_has_nine_tenths_of_the_bare_loops_speed() -> None
         source = open_model(DEFAULT_MODEL)
     except BadInputError as error:
         pytest.skip(f"SKIPPED: {error}")
-    assert measure_ratio(source).median > 0.9
+    assert asyncio.run(measure_ratio(source)).median > 0.9
