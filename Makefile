@@ -24,11 +24,13 @@ lint: $(DEV)
 docs: $(REAL)
 	$(BIN)/python -m analysis.ablation -o docs/ablation.md
 
-# The simulator's speed and a forward pass': ratios asserted, and the pages with the figures. About ten minutes.
+# The simulator's speed, a forward pass' and real generations': ratios asserted, and the pages with the figures. About
+# twenty minutes.
 benchmark: $(DEV)
 	$(BIN)/python -m pytest tests/benchmarks --runslow
 	$(BIN)/python -m analysis.simulator_speed -o docs/simulator-speed.md
 	$(BIN)/python -m analysis.forward_speed -o docs/forward-speed.md
+	$(BIN)/python -m analysis.speed -o docs/speed.md
 
 # The scenario library's answers: about 40 minutes on two cores; goes on where it was broken off.
 studies: $(REAL)

@@ -35,8 +35,8 @@ from pipesim.scheduling.policy import make_policy
 from pipesim.scheduling.scheduler import Scheduler
 from pipesim.trace import Trace
 
-TOKENS = 96
-STAGES = (1, 2, 4)
+TOKENS = 80
+STAGES = (1, 2)
 PLAIN = "autoregressive"
 POLICIES = (PLAIN, "speculative", "pipeinfer")
 SEED = 1
@@ -124,7 +124,7 @@ def gain(results: pd.DataFrame, prompt: str, policy: str, stages: int) -> float:
 
 def table(results: pd.DataFrame, repeating: bool) -> str:
     """One row for each prompt of a kind and policy, one column for each number of stages."""
-    counts = sorted(results["stages"].unique())
+    counts = sorted(int(count) for count in results["stages"].unique())
     lines = [
         f"| prompt | policy | {' | '.join(f'{count} stage' + 's' * (count > 1) for count in counts)} |",
         "|---|---|" + "---:|" * len(counts),
@@ -142,8 +142,8 @@ def table(results: pd.DataFrame, repeating: bool) -> str:
 def page(results: pd.DataFrame, hops: list[float], dtype: str) -> str:
     """The page as Markdown."""
     repeats = results.groupby(["prompt", "policy", "stages"]).size().min()
-    settings = "; ".join(
-        f"`{policy}`: " + ", ".join(f"{key} {value}" for key, value in chosen.items())
+    settings = "\n".join(
+        f"* {policy}: " + ", ".join(f"{key} {value}" for key, value in chosen.items())
         for policy, chosen in LOOK_UP_SETTINGS.items()
     )
     deciles = statistics.quantiles(hops, n=10)
@@ -162,11 +162,12 @@ Answers of which the drafter knows nothing, sampled at temperature 0.8:
 
 {table(results, repeating=False)}
 
-Stages, head and drafter share the cores, so stages beyond the number of cores take turns. Settings, which
-`pipesim generate --drafter ngram` has by default: {settings}.
+Stages, head and drafter share the cores. These settings are what `pipesim generate --drafter ngram` sets by default:
+
+{settings}
 
 A hop between two stages, from the end of a run's computation on one to its start on the next (gRPC over loopback,
-serialisation, two thread changes): median {statistics.median(hops):.2f} ms, 10th to 90th percentile
+serialisation): median {statistics.median(hops):.2f} ms, 10th to 90th percentile
 {deciles[0]:.2f} .. {deciles[-1]:.2f} ms, over {len(hops)} hops of plain decoding on {results["stages"].max()} stages.
 
 Made by `python -m analysis.speed -o docs/speed.md`.

@@ -102,7 +102,7 @@ def test_texts_of_any_length_cross_the_blocks_of_the_kv_cells(
 
 def test_the_event_log_of_a_real_head_replays_exactly(two_stages: RunningPipeline, tmp_path: Path) -> None:
     log = io.StringIO()
-    two_stages.generate("pipeinfer", PROMPT, 40, POLICIES["pipeinfer"], events=log)
+    two_stages.generate("pipeinfer", PROMPT, 40, {**POLICIES["pipeinfer"], "calibrated": True}, events=log)
     file = tmp_path / "events.jsonl"
     file.write_text(log.getvalue())
     assert replay(file) is None
