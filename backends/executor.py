@@ -143,6 +143,7 @@ class GrpcExecutor:
         Raises:
             BadInputError: the port is in use, or there is no such device.
         """
+        _check_device("--device", device, "float32")
         name_node("node")
         try:
             serve(listen, device)

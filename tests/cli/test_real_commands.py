@@ -222,6 +222,14 @@ def test_a_port_in_use_is_named() -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("device", ["cuda:77", "gpu"])
+def test_a_stage_server_refuses_a_device_that_is_not_there(device: str) -> None:
+    done = pipesim("stage", "--listen", "127.0.0.1:0", "--device", device)
+    assert done.returncode == 2
+    assert f"--device: {'there is no device' if 'cuda' in device else 'device'} '{device}'" in done.stderr
+    assert not done.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "messages"),
     [
