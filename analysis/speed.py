@@ -147,6 +147,7 @@ def page(results: pd.DataFrame, hops: list[float], dtype: str) -> str:
         for policy, chosen in LOOK_UP_SETTINGS.items()
     )
     deciles = statistics.quantiles(hops, n=10)
+    stages = " ".join(map(str, sorted(results["stages"].unique())))
     return f"""# How fast real generations are
 
 SmolLM2-135M in {dtype}, one thread per stage, n-gram drafter, all processes on one machine
@@ -170,7 +171,7 @@ A hop between two stages, from the end of a run's computation on one to its star
 serialisation): median {statistics.median(hops):.2f} ms, 10th to 90th percentile
 {deciles[0]:.2f} .. {deciles[-1]:.2f} ms, over {len(hops)} hops of plain decoding on {results["stages"].max()} stages.
 
-Made by `python -m analysis.speed -o docs/speed.md`.
+Made by `python -m analysis.speed --dtype {dtype} --stages {stages} -o docs/speed.md`.
 """
 
 
