@@ -31,6 +31,12 @@ def plot_sweep(frame: pd.DataFrame, layout: Layout, path: Path) -> None:
         BadInputError: the sweep does not fit a figure.
         OSError: the file cannot be written.
     """
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": "pipesim"}):
+        draw_sweep(frame, layout).savefig(path, dpi=200)
+
+
+def draw_sweep(frame: pd.DataFrame, layout: Layout) -> Figure:
+    """The figure itself. Raises BadInputError if the sweep does not fit one."""
     layout.check_plot()
     series = layout.series(frame)
     found = list(crossings(layout, series)) if layout.line else []
@@ -49,7 +55,7 @@ def plot_sweep(frame: pd.DataFrame, layout: Layout, path: Path) -> None:
         ncols = _legend_columns(labels, figure.get_figwidth())
         figure.legend(handles, labels, loc="outside upper center", ncols=ncols)
         figure.supxlabel(_caption(layout, found, series), fontsize=8, x=0.01, ha="left")
-        figure.savefig(path, dpi=200)
+        return figure
 
 
 def _draw_panel(

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import dataclasses
 import os
-import statistics
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,15 +21,16 @@ from backends.models.finding import KNOWN_MODELS, is_hub_name
 from backends.models.loading import open_model
 from backends.pipeline import Pipeline
 from backends.placement import split_layers
-from backends.probing import DraftCosts, Drafts, Prober
+from backends.probing import Drafts, Prober, Text
 from backends.sampling import Sampling
 from backends.serve import serve
 from backends.text_stream import TextStream
 from backends.tokenizer import ModelTokenizer, open_tokenizer
+from backends.transport import split_address
 from pipesim.acceptance_trace import FORMAT, AcceptanceTrace, RecordedSampling
+from pipesim.calibration import HeadSample, Observations
 from pipesim.errors import BadInputError
-from pipesim.executors import Measurement, Probe, Progress, RealResult
-from pipesim.metrics import compute_metrics
+from pipesim.executors import Measurement, Observed, Progress, RealResult
 from pipesim.recorder import Recorder
 from pipesim.scenario import IidAcceptance, MarkovAcceptance, Model, Scenario
 from pipesim.scheduling.events import GenerationStarted
@@ -129,13 +130,15 @@ class GrpcExecutor:
         job = dataclasses.replace(_prepare(scenario), records_acceptance=record_acceptance)
         return asyncio.run(_execute(job, events, on_text))
 
-    def measure(self, scenario: Scenario, repeats: int, logs: Path, on_text: OnText | None = None) -> Measurement:
-        """One pipeline: probe, plain generation, then ``repeats`` generations as the scenario has it.
+    def measure(
+        self, scenario: Scenario, repeats: int, rounds: int, logs: Path, on_text: OnText | None = None
+    ) -> Measurement:
+        """One pipeline: a plain generation and one as the scenario has it, then rounds of probing and runs in turns.
 
         Raises:
             BadInputError, StageFailedError: as :meth:`execute`.
         """
-        return asyncio.run(_measure(_prepare(scenario), repeats, logs, on_text))
+        return asyncio.run(_measure(_prepare(scenario), repeats, rounds, logs, on_text))
 
     def serve_stage(self, listen: str, device: str) -> None:
         """Serves heads at ``host:port``, one after another, until interrupted; on ``device``, if they name no other.
@@ -247,8 +250,9 @@ async def _execute(job: _Job, events: TextIO | None, on_text: OnText | None) -> 
         result = await _stream(job, pipeline, job.scenario.scheduler(), planted, events, on_text)
         if not job.records_acceptance:
             return result
-        prober = Prober(pipeline, job.started.prompt)
-        return dataclasses.replace(result, acceptance=await _record(job, prober, result.trace.tokens, planted))
+        text = Text(job.started.prompt, result.trace.tokens, job.sampling, planted)
+        prober = Prober(pipeline, text, job.scenario.cluster.prefill_chunk)
+        return dataclasses.replace(result, acceptance=await _record(job, prober, result.trace.tokens))
 
 
 async def _stream(
@@ -258,8 +262,9 @@ async def _stream(
     planted: Planted | None,
     events: TextIO | None,
     on_text: OnText | None,
+    handling: list[HeadSample] | None = None,
 ) -> RealResult:
-    """One generation, its text shown as it comes."""
+    """One generation, its text shown as it comes; ``handling`` gathers what its events took the head."""
     recorder = job.recorder(scheduler, events)
     stream, pieces, count = job.stream(), list[str](), 0
 
@@ -277,8 +282,11 @@ async def _stream(
         show(piece)
         return stream.ended
 
+    head = Head(pipeline, recorder, on_tokens)
     async with faults_under_way(job.scenario.faults, pipeline):
-        await Head(pipeline, recorder, on_tokens).generate(job.started, job.sampling, planted)
+        await head.generate(job.started, job.sampling, planted)
+    if handling is not None:
+        handling += head.handling
     if rest := stream.finish():
         show(rest)
     return RealResult("".join(pieces), recorder.trace())
@@ -296,15 +304,33 @@ async def _generate(job: _Job, pipeline: Pipeline, scheduler: Scheduler) -> Trac
     return recorder.trace()
 
 
-async def _measure(job: _Job, repeats: int, logs: Path, on_text: OnText | None) -> Measurement:
+async def _measure(job: _Job, repeats: int, rounds: int, logs: Path, on_text: OnText | None) -> Measurement:
+    """Probing and runs in turns, so that a slower minute of the machine hits both; the first generations warm up."""
     runs: list[RealResult] = []
+    handling: list[HeadSample] = []
     async with running_pipeline(job.cluster()) as pipeline:
-        probe, planted = await _probe(job, pipeline)
-        for number in range(repeats):
-            with _log(logs, number) as events:
-                hears = None if number else on_text
-                runs.append(await _stream(job, pipeline, job.scenario.scheduler(), planted, events, hears))
-    return Measurement(probe, tuple(runs))
+        plain = await _stream(job, pipeline, job.plain(), None, None, on_text, handling)
+        tokens = plain.trace.tokens
+        planted, chunk = job.planted(tokens), job.scenario.cluster.prefill_chunk
+        if job.needs_drafter:
+            await _stream(job, pipeline, job.scenario.scheduler(), planted, None, None, handling)
+        prober = Prober(pipeline, Text(job.started.prompt, tokens, job.sampling, planted), chunk)
+        acceptance = await _record(job, prober, tokens)
+        if rounds:
+            await prober.open()
+            await prober.measure_round()
+        for number in range(max(1, repeats)):
+            for _ in range(number * rounds // max(1, repeats), (number + 1) * rounds // max(1, repeats)):
+                await prober.measure_round()
+            if number < repeats:
+                with _log(logs, number) as events:
+                    runs.append(await _stream(job, pipeline, job.scenario.scheduler(), planted, events, None))
+        if rounds:
+            await prober.close()
+    costs = Observations(tuple(prober.runs), tuple(prober.floods), tuple(handling), tuple(prober.drafts))
+    here = [_is_here(host) for host in job.scenario.execution.hosts or [None] * len(pipeline.stages)]
+    cores = max(1, _cores() // job.scenario.execution.threads_per_stage) if any(here) else None
+    return Measurement(Observed(costs, rounds, tuple(here), cores, acceptance), tuple(runs))
 
 
 @contextlib.contextmanager
@@ -313,35 +339,25 @@ def _log(logs: Path, number: int) -> Iterator[TextIO]:
         yield stream
 
 
-async def _probe(job: _Job, pipeline: Pipeline) -> tuple[Probe, Planted | None]:
-    """Measures the costs, then the text by plain decoding, then what the drafter makes of it."""
-    prompt = job.started.prompt
-    prober = Prober(pipeline, prompt)
-    middle = len(prompt) + job.started.max_new_tokens // 2
-    costs = await prober.stage_costs(middle, job.scenario.cluster.prefill_chunk)
-    plain = await _generate(job, pipeline, job.plain())
-    planted = job.planted(plain.tokens)
-    drafting = DraftCosts(0.0, 0.0)
-    if job.needs_drafter:
-        drafting = await prober.draft_costs(prompt, job.sampling, planted)
-    probe = Probe(
-        rows_ms=costs.rows_ms,
-        prefill_row_ms=costs.prefill_row_ms,
-        link_ms=costs.link_ms,
-        head_ms=_head_overhead_ms(plain, costs.link_ms),
-        level_ms=drafting.level_ms,
-        draft_prefill_row_ms=drafting.prefill_row_ms,
-        acceptance=await _record(job, prober, plain.tokens, planted),
-    )
-    return probe, planted
+def _is_here(host: str | None) -> bool:
+    """Whether a stage shares this machine."""
+    if host is None:
+        return True
+    name, _ = split_address(host, "host")
+    return name in ("localhost", "::1", socket.gethostname()) or name.startswith("127.")
 
 
-async def _record(job: _Job, prober: Prober, tokens: tuple[int, ...], planted: Planted | None) -> AcceptanceTrace:
+def _cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+async def _record(job: _Job, prober: Prober, tokens: tuple[int, ...]) -> AcceptanceTrace:
     """What the drafter, if there is one, makes of the text; every policy gives the same text (I3)."""
     started, sampling = job.started, job.sampling
     drafts: Drafts = ((),) * len(tokens), None
     if job.needs_drafter:
-        drafts = await prober.drafts(started.prompt, tokens, sampling, planted)
+        drafts = await prober.trace(tokens)
     return AcceptanceTrace(
         format=FORMAT,
         model=job.scenario.model.name,
@@ -354,16 +370,3 @@ async def _record(job: _Job, prober: Prober, tokens: tuple[int, ...], planted: P
         candidates=drafts[0],
         detours=drafts[1],
     )
-
-
-def _head_overhead_ms(plain: Trace, link_ms: float) -> float:
-    """Of the gap between two plainly decoded tokens, what neither stages nor links account for."""
-    itl = compute_metrics(plain).itl_s
-    if itl is None:
-        return 0.0
-    computing = dict.fromkeys((run.run_id for run in plain.runs if run.rows == 1), 0.0)
-    for span in plain.spans:
-        if span.run_id in computing:
-            computing[span.run_id] += span.end_s - span.start_s
-    between = itl.p50 - statistics.median(computing.values())
-    return max(0.0, 1e3 * between - link_ms * (len(plain.stages) + 1))

@@ -12,6 +12,7 @@ from backends.logs import event
 from backends.node import Node
 from backends.pipeline import DrafterBack, Pipeline
 from backends.sampling import Sampling
+from pipesim.calibration.observations import HeadSample
 from pipesim.errors import InvariantError, PipesimError, StageFailedError
 from pipesim.recorder import Recorder
 from pipesim.scheduling.commands import (
@@ -61,6 +62,8 @@ class Head:
         self._attempts = 0  # restorations since the last token
         self._drafter_attempts = 0  # new drafters since the last draft
         self._released = False
+        self.handling: list[HeadSample] = []
+        """What each event took to handle."""
         self._stopped_after: int | None = None
 
     async def generate(self, started: GenerationStarted, sampling: Sampling, planted: Planted | None = None) -> None:
@@ -86,7 +89,9 @@ class Head:
         while not self._released:
             happened = self._due.popleft() if self._due else await self._next_event()
             if happened is not None:
-                self._carry_out(self._recorder.handle(happened, time.monotonic()))
+                begun = time.monotonic()
+                self._carry_out(self._recorder.handle(happened, begun))
+                self.handling.append(HeadSample(isinstance(happened, DraftReturned), time.monotonic() - begun))
             if isinstance(happened, StageLost):
                 self._released = scheduler.released  # stages that are reset forget the session by themselves
                 if not self._released:

@@ -79,18 +79,29 @@ def read_acceptance_trace(path: Path) -> AcceptanceTrace:
         BadInputError: it cannot be read or is malformed; names the file, the field and the value.
     """
     try:
-        return AcceptanceTrace.model_validate_json(path.read_bytes())
+        return parse_acceptance_trace(path.read_bytes(), f"acceptance.file: {path}")
     except OSError as problem:
         raise BadInputError(f"acceptance.file: {path} cannot be read ({problem})") from None
+
+
+def parse_acceptance_trace(text: bytes | str, source: str) -> AcceptanceTrace:
+    """What such a file holds; ``source`` names it in messages. Raises BadInputError."""
+    try:
+        return AcceptanceTrace.model_validate_json(text)
     except ValidationError as invalid:
         error = invalid.errors()[0]
-        where = [str(path), *([".".join(map(str, error["loc"]))] if error["loc"] else [])]
+        where = [source, *([".".join(map(str, error["loc"]))] if error["loc"] else [])]
         told = f" = {error['input']!r}" if isinstance(error["input"], str | int | float) else ""
-        raise BadInputError(f"acceptance.file: {': '.join(where)}{told}: {error['msg']}") from None
+        raise BadInputError(f"{': '.join(where)}{told}: {error['msg']}") from None
 
 
 def write_acceptance_trace(trace: AcceptanceTrace, stream: TextIO) -> None:
     """Writes JSON, each key on a line of its own. Raises OSError."""
+    stream.write(format_acceptance_trace(trace))
+
+
+def format_acceptance_trace(trace: AcceptanceTrace) -> str:
+    """The file's content."""
     fields = trace.model_dump(mode="json", exclude_none=True)
     lines = (f"{json.dumps(key)}: {json.dumps(value, separators=(',', ':'))}" for key, value in fields.items())
-    stream.write("{\n" + ",\n".join(lines) + "\n}\n")
+    return "{\n" + ",\n".join(lines) + "\n}\n"

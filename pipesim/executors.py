@@ -1,12 +1,13 @@
 """Real executors: found through the entry point ``pipesim.executors``, so that pipesim never imports them otherwise."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Protocol, TextIO
 
 from pipesim.acceptance_trace import AcceptanceTrace
+from pipesim.calibration.observations import Observations
 from pipesim.errors import BadInputError
 from pipesim.scenario import Model, Scenario
 from pipesim.trace import Trace
@@ -33,33 +34,29 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
-class Probe:
-    """What was measured on an otherwise idle pipeline, all medians, before the runs to be predicted.
+class Observed:
+    """What was measured on a running pipeline.
 
     Attributes:
-        rows_ms: per stage, the time of a run by its number of rows.
-        prefill_row_ms: per stage, the time of one prompt row in a prefill run.
-        link_ms: one hop: from the end of a run on one stage to its start on the next.
-        head_ms: what the head takes for one event.
-        level_ms: what the drafter takes for one level of a tree.
-        draft_prefill_row_ms: what the drafter takes for one prompt token before its first draft.
+        costs: of runs, links, head and drafter, in rounds.
+        rounds: how many of them.
+        here: for each stage, whether it shares the head's machine.
+        cores: of that machine, as far as stages can use them at the same time; None where it has no stage.
         acceptance: the text that plain decoding gave, and the drafter's candidates all along it.
     """
 
-    rows_ms: tuple[Mapping[int, float], ...]
-    prefill_row_ms: tuple[float, ...]
-    link_ms: float
-    head_ms: float
-    level_ms: float
-    draft_prefill_row_ms: float
+    costs: Observations
+    rounds: int
+    here: tuple[bool, ...]
+    cores: int | None
     acceptance: AcceptanceTrace
 
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """What ``compare`` needs: the probe, taken first, and then the scenario's own runs."""
+    """What ``compare`` needs: measured costs (no rounds: none but the acceptance), and the scenario's own runs."""
 
-    probe: Probe
+    observed: Observed
     runs: tuple[RealResult, ...]
 
 
@@ -82,11 +79,16 @@ class Executor(Protocol):
         """
 
     def measure(
-        self, scenario: Scenario, repeats: int, logs: Path, on_text: Callable[[Progress], None] | None = None
+        self,
+        scenario: Scenario,
+        repeats: int,
+        rounds: int,
+        logs: Path,
+        on_text: Callable[[Progress], None] | None = None,
     ) -> Measurement:
-        """Probes a pipeline, then runs the scenario ``repeats`` times; leaves one event log per run in ``logs``.
+        """Measures costs in ``rounds``, spread between ``repeats`` runs of the scenario.
 
-        ``on_text`` hears the first run's text as it is committed.
+        Leaves one event log per run in ``logs``. ``on_text`` hears the first generation's text as it is committed.
         """
 
     def serve_stage(self, listen: str, device: str) -> None:

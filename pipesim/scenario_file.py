@@ -33,12 +33,33 @@ def load_scenario(path: Path | str, overrides: Sequence[str] = ()) -> Scenario:
 def read_scenario(path: Path | str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Reads a scenario file as plain values that are not checked yet, with ``overrides`` on top.
 
+    A profile that it names under ``calibration`` is read, too: the overrides change what was measured.
+
     Raises:
-        BadInputError: it is not YAML, or an override leads nowhere.
+        BadInputError: a file is not YAML, a profile is none, or an override leads nowhere.
     """
     raw = _read(Path(path))
-    apply_overrides(raw, overrides)
+    apply_overrides(raw, [one for one in overrides if one.startswith(_CALIBRATION)])
+    if isinstance(raw.get("calibration"), str):
+        raw = _calibrated(raw, Path(path).parent / raw["calibration"])
+    apply_overrides(raw, [one for one in overrides if not one.startswith(_CALIBRATION)])
     return raw
+
+
+_CALIBRATION = "calibration="
+_ABOUT_THE_RUN = ("workload", "policy", "policies", "acceptance", "faults", "seed")
+
+
+def _calibrated(raw: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A scenario with the measured costs of the profile at ``path``; without a workload it has the profile's, too."""
+    profile = _read(path)
+    if not isinstance(profile.get("calibration"), dict) or not isinstance(profile.get("cluster"), dict):
+        raise BadInputError(f"calibration: {path} is no profile: name a file that `pipesim calibrate` wrote")
+    if "workload" in raw:
+        profile = {key: value for key, value in profile.items() if key not in ("workload", "acceptance")}
+    own = raw.get("cluster")
+    cluster = {**own, **profile["cluster"]} if isinstance(own, dict) else profile["cluster"]
+    return {**profile, **{key: raw[key] for key in _ABOUT_THE_RUN if key in raw}, "cluster": cluster}
 
 
 def locate_files(raw: dict[str, Any], folder: Path) -> None:

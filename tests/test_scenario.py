@@ -317,6 +317,7 @@ def test_a_trace_file_is_looked_for_beside_the_scenario(tmp_path: Path) -> None:
 def test_the_schema_describes_every_key() -> None:
     schema = json_schema()
     sections = {"model", "cluster", "workload", "policy", "policies", "acceptance", "execution", "faults", "seed"}
+    sections |= {"calibration"}
     assert set(schema["properties"]) == sections
     policies = schema["$defs"].pop("PolicySection")["oneOf"]
     settings = {policy["title"]: set(policy["properties"]) for policy in policies}

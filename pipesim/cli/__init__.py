@@ -1,6 +1,6 @@
 """The command line: ``pipesim.cli:main``."""
 
-from pipesim.cli import real, simulate, sweep  # noqa: F401  (importing them registers their commands)
+from pipesim.cli import fidelity, real, simulate, sweep  # noqa: F401  (importing them registers their commands)
 from pipesim.cli.common import app
 
 

@@ -1,20 +1,15 @@
-"""The commands that run a model for real: generate, execute, stage, compare."""
+"""The commands that run a model for real: generate, execute, stage."""
 
 import contextlib
-import dataclasses
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 import yaml
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from pipesim.acceptance_trace import write_acceptance_trace
 from pipesim.cli.common import (
@@ -40,17 +35,12 @@ from pipesim.cli.common import (
     writing,
 )
 from pipesim.cli.streaming import TextScreen
-from pipesim.errors import BadInputError, InvariantError, PipesimError
-from pipesim.event_log import replay
-from pipesim.executors import Executor, Probe, RealResult, find_executor
+from pipesim.errors import BadInputError
+from pipesim.executors import Executor, RealResult, find_executor
 from pipesim.metrics import compute_metrics
 from pipesim.perfetto import write_perfetto
 from pipesim.scenario import Scenario
 from pipesim.scenario_file import apply_overrides, build_scenario
-from pipesim.trace import Trace
-
-if TYPE_CHECKING:
-    from pipesim.comparison import Figure
 
 RecordOption = Annotated[
     Path | None,
@@ -65,11 +55,10 @@ LOOK_UP_SETTINGS: dict[str, dict[str, Any]] = {
     "pipeinfer": {"micro_batch": 8, "p_accept": 0.2, "partitions": 4, "calibrated": True},
 }
 """What ``generate`` sets where the drafter looks up n-grams: its tokens cost nothing and its confidences are honest."""
-_TABLE_WIDTH = 112  # the table of figures does not fit 80 columns
 
 
 @contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
+def interruptible() -> Iterator[None]:
     """Ctrl-C ends a command with the status that shells expect; executors have cleaned up by then."""
     try:
         yield
@@ -78,7 +67,7 @@ def _interruptible() -> Iterator[None]:
         raise typer.Exit(INTERRUPTED) from None
 
 
-def _executor(log_level: str | None, log_file: Path | None) -> Executor:
+def executor_with_logs(log_level: str | None, log_file: Path | None) -> Executor:
     """The installed executor. It, and every process that it starts, reads from the environment what to log where."""
     for variable, value in (("PIPESIM_LOG", log_level), ("PIPESIM_LOG_FILE", log_file)):
         if value is not None:
@@ -128,9 +117,9 @@ def generate_command(
 
     Example: pipesim generate "Count from one to twenty." --stages 2 --policy pipeinfer --max-new-tokens 64
     """
-    executor = _executor(log_level, log_file)
+    executor = executor_with_logs(log_level, log_file)
     check_outputs(trace, events, record_acceptance)
-    hosts = None if cluster is None else _hosts(cluster)
+    hosts = None if cluster is None else read_hosts(cluster)
     if hosts is not None and stages not in (None, len(hosts)):
         raise BadInputError(f"--stages {stages}: {cluster} lists {len(hosts)} stages, leave --stages out")
     described, layers = executor.describe(model, len(hosts) if hosts else 2 if stages is None else stages)
@@ -169,7 +158,7 @@ def _execute(
     executor: Executor, scenario: Scenario, events: Path | None, as_json: bool, acceptance: Path | None
 ) -> RealResult:
     """One real generation; its text appears on stdout as it is committed, unless JSON is to stand there alone."""
-    with _interruptible(), writing(events) as log, writing(acceptance) as record:
+    with interruptible(), writing(events) as log, writing(acceptance) as record:
         if as_json:
             outcome = executor.execute(scenario, log, record_acceptance=record is not None)
         else:
@@ -182,7 +171,7 @@ def _execute(
         return outcome
 
 
-def _hosts(path: Path) -> list[str]:
+def read_hosts(path: Path) -> list[str]:
     """The addresses in a cluster file. Raises BadInputError."""
     try:
         listed = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -239,7 +228,7 @@ def execute_command(
     """
     loaded, window = load(scenario, overrides, seed), parse_window(plot_window)
     check_outputs(trace, events, record_acceptance, plot=plot)
-    executor = _executor(log_level, log_file)
+    executor = executor_with_logs(log_level, log_file)
     outcome = _execute(executor, loaded, events, as_json, record_acceptance)
     report(outcome.trace, as_json=as_json, trace_file=trace, plot_file=plot, text=outcome.text, window=window)
 
@@ -258,90 +247,5 @@ def stage_command(
 
     Example: pipesim stage --listen 0.0.0.0:50051 --log-level info
     """
-    with _interruptible():
-        _executor(log_level, log_file).serve_stage(listen, device)
-
-
-@app.command("compare")
-def compare_command(
-    scenario: ScenarioArgument,
-    repeats: Annotated[int, typer.Option(min=1, help="Real runs to compare with.")] = 3,
-    overrides: SetOption = None,
-    seed: SeedOption = None,
-    as_json: JsonOption = False,
-    plot_file: PlotOption = None,
-    log_level: LogLevelOption = None,
-    log_file: LogFileOption = None,
-) -> None:
-    """Hold the simulator against reality: probe costs on a real pipeline, predict, run for real, show both.
-
-    The prediction never sees the runs it is compared with. Every real run must give plain decoding's text, and its
-    event log must replay exactly.
-
-    Example: pipesim compare scenarios/demo.yaml --repeats 5 --plot both.png
-    """
-    from pipesim.comparison import compare, predict  # the simulation: other commands need not wait for it to load
-
-    loaded = load(scenario, overrides, seed)
-    check_outputs(plot=plot_file)
-    executor = _executor(log_level, log_file)
-    with _interruptible(), tempfile.TemporaryDirectory() as folder:
-        if as_json:
-            measurement = executor.measure(loaded, repeats, Path(folder))
-        else:
-            diagnostic("starting the pipeline, probing its costs and decoding plainly; then the first run's text:")
-            with TextScreen.open() as screen:
-                measurement = executor.measure(loaded, repeats, Path(folder), screen.show)
-            with printing():
-                print()
-        for log in sorted(Path(folder).iterdir()):
-            if difference := replay(log):
-                raise InvariantError(f"{log.name} does not replay (I9): {difference}")
-    predicted = predict(loaded, measurement.probe)
-    traces = [run.trace for run in measurement.runs]
-    figures = compare(predicted, traces, measurement.probe.acceptance.tokens)
-    with printing():
-        if as_json:
-            print(json.dumps({"metrics": {name: dataclasses.asdict(figure) for name, figure in figures.items()}}))
-        else:
-            console = Console()
-            console.width = max(console.width, _TABLE_WIDTH)
-            console.print(_comparison_table(loaded, figures, repeats))
-            print(_closing_note(measurement.probe))
-    if plot_file:
-        _plot_pair(predicted, traces[0], plot_file)
-        diagnostic(f"timelines of the prediction and the first run: {plot_file}")
-
-
-def _closing_note(probe: Probe) -> str:
-    rows = ", ".join(str(rows) for rows in probe.rows_ms[0])
-    return (
-        "Stage costs, links, head overhead and drafter costs of the file are replaced by probed ones: medians of "
-        f"prefill and of runs of {rows} rows, probed one at a time on the idle pipeline before the compared runs; a "
-        f"hop takes {probe.link_ms:.2f} ms, the head {probe.head_ms:.2f} ms per event, one level of a draft "
-        f"{probe.level_ms:.2f} ms. Acceptance: the drafter's candidates along the text of plain decoding. "
-        "All texts were equal, all event logs replayed exactly."
-    )
-
-
-def _plot_pair(predicted: Trace, measured: Trace, path: Path) -> None:
-    """Raises PipesimError if the file cannot be written."""
-    from analysis.plots import plot_timelines  # drawing libraries take a second to load
-
-    try:
-        plot_timelines({"predicted": predicted, "measured": measured}, path)
-    except OSError as problem:
-        raise PipesimError(f"{path}: cannot be written ({problem.strerror})") from None
-
-
-def _comparison_table(scenario: Scenario, figures: "dict[str, Figure]", repeats: int) -> Table:
-    title = f"{scenario.policy.name}, seed {scenario.seed}: simulation and {repeats} real runs"
-    table = Table(title=title, box=box.SIMPLE_HEAD)
-    table.add_column("metric", no_wrap=True)
-    for heading in ("predicted", "measured (median)", "lowest .. highest", "difference"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for name, figure in figures.items():
-        spread = "-" if figure.spread is None else f"{figure.spread[0]:.4g} .. {figure.spread[1]:.4g}"
-        values = ["-" if value is None else f"{value:.4g}" for value in (figure.predicted, figure.measured)]
-        table.add_row(name, *values, spread, "-" if figure.error is None else f"{figure.error:+.1%}")
-    return table
+    with interruptible():
+        executor_with_logs(log_level, log_file).serve_stage(listen, device)

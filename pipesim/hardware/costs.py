@@ -21,25 +21,23 @@ class FittedCost:
 
     Args:
         decode: time of a run of so many rows, in seconds.
-        prefill: seconds per row of a prefill run, which takes at least a one-row run's time; None: as any other row.
+        prefill: time of a prefill run of so many rows, in seconds; None: as any other run's.
         per_cell: seconds per row and KV cell that it attends to.
         extra: seconds that every run takes on top.
     """
 
-    def __init__(self, decode: Callable[[int], float], prefill: float | None, per_cell: float, extra: float) -> None:
+    def __init__(
+        self, decode: Callable[[int], float], prefill: Callable[[int], float] | None, per_cell: float, extra: float
+    ) -> None:
         self._decode = decode
-        self._one_row = decode(1)
-        self._prefill = prefill
+        self._prefill = prefill or decode
         self._per_cell = per_cell
         self._extra = extra
 
     def seconds(self, kind: RunKind, rows: int, context: float) -> float:
         """Compute time of a run whose rows attend to ``context`` cells on average."""
-        if self._prefill is not None and kind is RunKind.PREFILL:
-            compute = max(self._one_row, rows * self._prefill)
-        else:
-            compute = self._decode(rows)
-        return compute + rows * context * self._per_cell + self._extra
+        by_rows = self._prefill if kind is RunKind.PREFILL else self._decode
+        return by_rows(rows) + rows * context * self._per_cell + self._extra
 
 
 def linear(constant: float, per_token: float) -> Callable[[int], float]:

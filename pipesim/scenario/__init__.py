@@ -14,6 +14,7 @@ from pipesim.scenario.acceptance import (
     PositionalAcceptance,
     TraceAcceptance,
 )
+from pipesim.scenario.calibration import Calibration
 from pipesim.scenario.cluster import Cluster, Device, Drafter, Head, Stage
 from pipesim.scenario.costs import AllReduce, Cost, LinearCost, RooflineCost, TableCost
 from pipesim.scenario.faults import CrashFault, Fault, LinkFault, SlowStageFault
@@ -27,6 +28,7 @@ from pipesim.scenario.workload import Execution, PolicySection, Workload
 __all__ = [
     "Acceptance",
     "AllReduce",
+    "Calibration",
     "Cluster",
     "Cost",
     "CrashFault",

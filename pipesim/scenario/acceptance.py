@@ -97,15 +97,25 @@ class TraceAcceptance(Section):
     """Replays the text of a real model pair, with the drafter's candidates for every position."""
 
     kind: Literal["trace"]
-    file: Path = Field(strict=False)
+    file: Path | None = Field(default=None, strict=False)
     """What execute --record-acceptance wrote (JSON, see docs/acceptance.md). Relative to the scenario file."""
+    recording: str | None = None
+    """What such a file holds, in its place: `pipesim calibrate` writes a single file."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.file is None) == (self.recording is None):
+            raise ValueError("file: give either file or recording")
+        return self
 
     @cached_property
     def recorded(self) -> "AcceptanceTrace":
         """What the file holds. Raises BadInputError."""
-        from pipesim.acceptance_trace import read_acceptance_trace  # which needs sections itself
+        from pipesim.acceptance_trace import parse_acceptance_trace, read_acceptance_trace  # they need sections
 
-        return read_acceptance_trace(self.file)
+        if self.file is not None:
+            return read_acceptance_trace(self.file)
+        return parse_acceptance_trace(self.recording or "", "acceptance.recording")
 
 
 Acceptance = Annotated[

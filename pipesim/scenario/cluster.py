@@ -16,9 +16,20 @@ class Device(Section):
     name: str
     """Stages, head and drafter refer to it by this name."""
     cores: int = Field(default=1, ge=1)
-    """How many stages, or stages and drafter, can compute on it at the same time; more wait in FIFO order."""
+    """How many stages, or stages and drafter, can compute on it at the same time; see ``sharing`` for more."""
+    sharing: Literal["queue", "fair"] = "queue"
+    """Who finds no core free waits in FIFO order (queue), or all go on at an equally reduced pace (fair), as processes
+    under an operating system do."""
+    contention: float = Field(default=0.0, ge=0)
+    """sharing: fair: share by which everything takes longer for each other core at work, as they share memory."""
     nic_gbps: float | None = Field(default=None, gt=0)
     """10^9 bits per second, each way, that all its links to other devices share; null: without limit."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Device":
+        if self.contention and self.sharing == "queue":
+            raise ValueError(f"contention = {self.contention}: only with sharing: fair")
+        return self
 
 
 class Stage(Section):
@@ -32,6 +43,8 @@ class Stage(Section):
     device included, as far as memory has room."""
     device: str | None = None
     """Device it runs on; null: a machine of its own."""
+    void_ms: float = Field(default=0.0, ge=0)
+    """Time that a dead run takes here all the same."""
     repeat: int = Field(default=1, ge=1)
     """This many equal stages in a row."""
 
@@ -43,6 +56,8 @@ class Head(Section):
     """Device it runs on; null: a machine of its own."""
     overhead_ms: float = Field(default=0.0, ge=0)
     """Time to handle one event: a run or a draft that came home."""
+    draft_overhead_ms: float | None = Field(default=None, ge=0)
+    """Time to handle a draft that came home; null: as any other event."""
 
 
 class Drafter(Section):
@@ -52,6 +67,10 @@ class Drafter(Section):
     """Device it runs on; null: a machine of its own."""
     level_ms: float | None = Field(default=None, ge=0)
     """Time to draft one level of a token tree, all its branches at once; null: from model and cost."""
+    request_ms: float = Field(default=0.0, ge=0)
+    """Time that every request takes on top of its levels."""
+    kv_us_per_kilocell: float = Field(default=0.0, ge=0)
+    """Extra time of each level for every 1000 tokens of text before it; with model and cost it follows from them."""
     prefill_per_token_ms: float = Field(default=0.0, ge=0)
     """Time per prompt token before the first draft; with model and cost it follows from them."""
     model: ModelShapeSection | None = None
@@ -66,10 +85,9 @@ class Drafter(Section):
             raise ValueError(f"{missing}: missing, give level_ms or both model and cost")
         if self.level_ms is not None and (self.model or self.cost):
             raise ValueError(f"level_ms = {self.level_ms}: follows from model and cost: remove it or them")
-        if self.prefill_per_token_ms and self.level_ms is None:
-            raise ValueError(
-                f"prefill_per_token_ms = {self.prefill_per_token_ms}: follows from model and cost: remove it"
-            )
+        for key in ("prefill_per_token_ms", "kv_us_per_kilocell"):
+            if (value := getattr(self, key)) and self.level_ms is None:
+                raise ValueError(f"{key} = {value}: follows from model and cost: remove it")
         return self
 
 

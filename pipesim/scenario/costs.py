@@ -1,7 +1,7 @@
 """What a run costs at a stage: the schema of cost models."""
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 
@@ -12,6 +12,14 @@ from pipesim.scenario.section import Section, find_profile
 _GIB = 2**30
 
 
+def _json_key(key: Any, info: ValidationInfo) -> Any:
+    """JSON has no keys but text."""
+    return int(key) if info.mode == "json" and isinstance(key, str) and key.isdecimal() else key
+
+
+_Rows = Annotated[int, BeforeValidator(_json_key), Field(ge=1)]
+
+
 class _Fitted(Section):
     per: Literal["stage", "layer"] = "stage"
     """Whether the times are those of the whole stage, or of each of its layers."""
@@ -19,8 +27,17 @@ class _Fitted(Section):
     """Extra time of each row for every 1000 KV cells of context that it attends to, itself included."""
     prefill_per_token_ms: float | None = Field(default=None, ge=0)
     """Time per prompt row in a prefill run, which takes at least a one-row run's time; null: as any other row."""
+    prefill_rows_ms: dict[_Rows, Annotated[float, Field(gt=0)]] | None = Field(default=None, min_length=1)
+    """Time of a prefill run by its rows, as measured, in the place of prefill_per_token_ms; linear between and beyond,
+    constant under the smallest number given."""
     lm_head_ms: float = Field(default=0.0, ge=0)
     """Time that the LM head adds to every run if this is the last stage, however many layers it has."""
+
+    @model_validator(mode="after")
+    def _one_prefill(self) -> Self:
+        if self.prefill_rows_ms is not None and self.prefill_per_token_ms is not None:
+            raise ValueError("prefill_rows_ms: prefill_per_token_ms says the same: remove one of the two")
+        return self
 
     def unit(self, layers: int) -> float:
         """Seconds in which a stage with so many layers does what a given time of one millisecond stands for."""
@@ -28,7 +45,12 @@ class _Fitted(Section):
 
     def fitted(self, decode: Callable[[int], float], unit: float, last: bool) -> CostModel:
         """The cost model around the time of a run by its rows."""
-        prefill = None if self.prefill_per_token_ms is None else self.prefill_per_token_ms * unit
+        prefill: Callable[[int], float] | None = None
+        if self.prefill_rows_ms is not None:
+            prefill = table({rows: ms * unit for rows, ms in self.prefill_rows_ms.items()})
+        elif self.prefill_per_token_ms is not None:
+            per_row, least = self.prefill_per_token_ms * unit, decode(1)
+            prefill = lambda rows: max(least, rows * per_row)  # noqa: E731
         extra = self.lm_head_ms * 1e-3 if last else 0.0
         return FittedCost(decode, prefill, self.kv_us_per_kilocell * 1e-6 * unit, extra)
 
@@ -46,14 +68,6 @@ class LinearCost(_Fitted):
         """The cost model of a stage with so many layers."""
         unit = self.unit(layers)
         return self.fitted(linear(self.constant_ms * unit, self.per_token_ms * unit), unit, last)
-
-
-def _json_key(key: Any, info: ValidationInfo) -> Any:
-    """JSON has no keys but text."""
-    return int(key) if info.mode == "json" and isinstance(key, str) and key.isdecimal() else key
-
-
-_Rows = Annotated[int, BeforeValidator(_json_key), Field(ge=1)]
 
 
 class TableCost(_Fitted):

@@ -19,7 +19,8 @@ SLOPE_ROWS = 4
 class StagePlan:
     """One stage after ``repeat`` and open ``layers`` are spelled out.
 
-    ``device`` is None for a machine of its own; ``model`` is needed by roofline costs; ``last``: it has the LM head.
+    ``device`` is None for a machine of its own; ``model`` is needed by roofline costs; ``last``: it has the LM head;
+    ``void_ms``: what a dead run costs.
     """
 
     name: str
@@ -29,6 +30,7 @@ class StagePlan:
     cost: Cost
     model: Model | None = None
     last: bool = False
+    void_ms: float = 0.0
 
     def part(self) -> ModelPart:
         """What of the model it holds."""
@@ -72,10 +74,19 @@ class StageSummary:
 
 @dataclass(frozen=True, slots=True)
 class DraftPlan:
-    """The drafter's times: of one level of a tree, and of each prompt token before the first draft."""
+    """The drafter's times.
+
+    Attributes:
+        level_ms: of one level of a tree.
+        prefill_per_token_ms: of each prompt token before the first draft.
+        request_ms: of every request, on top of its levels.
+        cell_ms: what a token of text adds to each level after it.
+    """
 
     level_ms: float
     prefill_per_token_ms: float
+    request_ms: float = 0.0
+    cell_ms: float = 0.0
 
 
 def summarize(plan: StagePlan, kv_cells: int, context: float) -> StageSummary:
@@ -116,7 +127,10 @@ def plan_stages(stages: Sequence[Stage], model: Model, around: Surroundings) -> 
     """The pipeline's stages in order, each with its layers; too few in total if memory has no room for ``auto``."""
     listed = [stage for stage in stages for _ in range(stage.repeat)]
     plans = [
-        StagePlan(f"stage {index}", min(index, 1), 1, stage.device, stage.cost, model, index == len(listed) - 1)
+        StagePlan(
+            *(f"stage {index}", min(index, 1), 1, stage.device, stage.cost, model, index == len(listed) - 1),
+            void_ms=stage.void_ms,
+        )
         for index, stage in enumerate(listed)
     ]
     wanted = [stage.layers for stage in listed]
@@ -181,12 +195,14 @@ def _by_layers(plan: StagePlan, value: Callable[[StagePlan], float]) -> Callable
 def draft_plan(drafter: Drafter, prompt_tokens: int, context: float, branches: int) -> DraftPlan:
     """The drafter's times; a level of a tree is one run of as many rows as the tree may have branches."""
     if drafter.model is None or drafter.cost is None:
-        return DraftPlan(drafter.level_ms or 0.0, drafter.prefill_per_token_ms)
+        cell_ms = drafter.kv_us_per_kilocell * 1e-6
+        return DraftPlan(drafter.level_ms or 0.0, drafter.prefill_per_token_ms, drafter.request_ms, cell_ms)
     part = drafter.model.part(drafter.model.layers, embeds=True, predicts=True)
     cost = Roofline(part, drafter.cost.machine(drafter.model.quantization))
     rows = max(1, prompt_tokens)
     prefill = cost.seconds(RunKind.PREFILL, rows, (rows + 1) / 2) / rows
-    return DraftPlan(1e3 * cost.seconds(RunKind.CANONICAL, branches, context), 1e3 * prefill)
+    level = cost.seconds(RunKind.CANONICAL, branches, context)
+    return DraftPlan(1e3 * level, 1e3 * prefill, drafter.request_ms)
 
 
 def draft_load(drafter: Drafter, tokens: int) -> Load | None:

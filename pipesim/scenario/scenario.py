@@ -4,12 +4,14 @@ import contextlib
 import inspect
 from collections.abc import Iterator
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 from pydantic import Field, TypeAdapter, model_validator
 
 from pipesim.errors import BadInputError
 from pipesim.scenario.acceptance import Acceptance, TraceAcceptance
+from pipesim.scenario.calibration import CalibrationSource
 from pipesim.scenario.cluster import Cluster
 from pipesim.scenario.costs import RooflineCost
 from pipesim.scenario.faults import Fault, fault_problems
@@ -51,6 +53,9 @@ class Scenario(Section):
     execution: Execution = Execution()
     faults: tuple[Fault, ...] = Field(default=(), strict=False)
     """Simulation: what goes wrong, and when."""
+    calibration: CalibrationSource = None
+    """A profile that `pipesim calibrate` wrote: what was measured there takes the place of what model, cluster and
+    execution say here, and --set changes that. In a profile itself: the evidence."""
     seed: int = Field(default=0, ge=0, lt=2**64)
     """Same seed, same bytes out: simulated truth, sampling noise."""
 
@@ -146,6 +151,8 @@ class Scenario(Section):
         yield from self.cluster.links.problems()
 
     def _other_problems(self) -> Iterator[str]:
+        if isinstance(self.calibration, Path):
+            yield f"calibration = {self.calibration}: only scenario files and --set can name a profile"
         last_hop = sum(stage.repeat for stage in self.cluster.stages)
         if self.workload.prompt is None and self.workload.prompt_tokens is None:
             recorded = isinstance(self.acceptance, TraceAcceptance)

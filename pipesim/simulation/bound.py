@@ -207,7 +207,8 @@ class _Drafter:
         wire = _Wire.of(at_best(scenario.links()[-1]), TOKEN_BYTES)
         self._level = round(plan.level_ms * 1e6)
         self._there = wire.crossed(HEADER_BYTES + TOKEN_BYTES)
-        self._back = wire.crossed(draft_bytes(1)) + round(cluster.head.overhead_ms * 1e6)
+        own = cluster.head.draft_overhead_ms
+        self._back = wire.crossed(draft_bytes(1)) + round((cluster.head.overhead_ms if own is None else own) * 1e6)
         setup = round(plan.prefill_per_token_ms * 1e6 * prompt)
         self._ready = wire.crossed(HEADER_BYTES + TOKEN_BYTES * prompt) + setup  # it has the prompt
         self._drafted: float = inf

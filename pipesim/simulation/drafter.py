@@ -10,6 +10,7 @@ from pipesim.scheduling.events import DraftReturned
 from pipesim.scheduling.tree import Candidate, grow_tree
 from pipesim.simulation.acceptance import Truth
 from pipesim.simulation.devices import Call, Clock, Device
+from pipesim.simulation.sharing import FairDevice, Job
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,18 +38,25 @@ class DrafterServer:
         self._truth = truth
         self._record = observer.draft_span
         self._answer = answer
-        self._level = round(plan.level_ms * 1e6)
+        self._level_ns = plan.level_ms * 1e6
+        self._cell_ns = plan.cell_ms * 1e6
+        self._request = round(plan.request_ms * 1e6)
+        self._level = 0  # of the job
         self._setup = round(plan.prefill_per_token_ms * 1e6 * len(truth.prompt))
         self._waiting: DraftJob | None = None
         self._job: DraftJob | None = None
         self._draft: DraftReturned | None = None  # what the job will bring, None while it waits for a core
         self._start = self._levels_start = self._end = 0
+        self._work: Job | None = None  # on a fair device
+        self._levels = 0
 
     def arrive(self, call: Call) -> None:
         """A request comes in; whatever came before it is worthless."""
         self._waiting = call.value
         if self._job is None:
             self._next()
+        elif self._work is not None and isinstance(self._device, FairDevice):
+            self._device.shorten(self._work, max(1, self._levels), self._work.work - self._levels * self._level)
         elif self._draft is not None and self._clock.now < self._end:
             worked = max(0, self._clock.now - self._levels_start)
             levels = -(-worked // self._level) if self._level else 0
@@ -77,16 +85,21 @@ class DrafterServer:
         tree, levels = grow_tree(candidates, request.max_nodes, request.branches, request.cutoff, request.split)
         self._draft = DraftReturned(request.request_id, tree)
         self._start = self._clock.now
-        self._levels_start = self._start + self._setup
-        self._setup = 0
+        self._level = round(self._level_ns + self._cell_ns * first)
+        before, self._setup, self._levels = self._setup + self._request, 0, levels
+        if isinstance(self._device, FairDevice):
+            self._work = self._device.start(before + levels * self._level, self._finish)
+            return
+        self._levels_start = self._start + before
         self._end = self._levels_start + levels * self._level
         self._clock.at(self._end, self._finish)
 
     def _finish(self, _: Call) -> None:
         draft = self._draft
-        if draft is None or self._clock.now != self._end:
+        if draft is None or (self._work is None and self._clock.now != self._end):
             return  # the planned end of a request that was abandoned
-        self._draft = None
+        self._draft = self._work = None
+        self._end = self._clock.now
         self._device.release()
         abandoned = self._waiting is not None
         tokens = 0 if abandoned else len(draft.tree.tokens)

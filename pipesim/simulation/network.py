@@ -8,8 +8,9 @@ Links deliver in order, as TCP does: a message that is late, by jitter or loss, 
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 
 from pipesim.scenario import Fault, LinkFault, LinkPlan, Scenario
 from pipesim.scenario.faults import BandwidthFault, JitterFault, LatencyFault, LossFault, PartitionFault
@@ -26,6 +27,7 @@ from pipesim.simulation.courses import (
 from pipesim.simulation.devices import Clock
 from pipesim.simulation.links import LinkModel, Passage, T
 from pipesim.simulation.randomness import mix, stream, unit
+from pipesim.simulation.sharing import FairDevice, LocalLink
 
 _JITTER_CUT = 10.0
 """The exponential distribution of jitter ends at this many means: 1 of 22,000 messages would exceed it."""
@@ -189,11 +191,14 @@ def losses(chance: float, packets: int, loss: Course, time: int, pause: int) -> 
 
 
 class Network:
-    """All links of a scenario."""
+    """All links of a scenario. ``shared``: its fair devices, by name."""
 
-    def __init__(self, scenario: Scenario, clock: Clock) -> None:
+    def __init__(
+        self, scenario: Scenario, clock: Clock, shared: Mapping[str, FairDevice] = MappingProxyType({})
+    ) -> None:
         self._clock = clock
         self._scenario = scenario
+        self._shared = shared
         nics = {device.name: device.nic_gbps for device in scenario.cluster.devices if device.nic_gbps}
         self._egress = {name: Interface(gbps) for name, gbps in nics.items()}
         self._ingress = {name: Interface(gbps) for name, gbps in nics.items()}
@@ -215,7 +220,10 @@ class Network:
         ingress = self._ingress.get(plan.target or "") if leaves_device else None
         if ingress:
             return EnteringLink(self._clock, ingress, plan, faults, seed, egress)
-        return make_link(plan, faults, seed, egress)
+        link = make_link(plan, faults, seed, egress)
+        if type(link) is LinkModel and not leaves_device and plan.source in self._shared:
+            return LocalLink(plan.name, plan.link, self._shared[plan.source])
+        return link
 
 
 def make_link(plan: LinkPlan, faults: Sequence[LinkFault], seed: int, egress: Interface | None = None) -> LinkModel:

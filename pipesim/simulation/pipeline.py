@@ -12,6 +12,7 @@ from pipesim.errors import InvariantError
 from pipesim.metrics import Metrics
 from pipesim.recorder import Meter, Observer, Recorder
 from pipesim.scenario import CrashFault, Scenario
+from pipesim.scenario import Device as DevicePlan
 from pipesim.scheduling.commands import CancelRuns, EmitTokens, RequestDraft, SubmitRun
 from pipesim.scheduling.events import DraftReturned, Event, GenerationStarted, RunReturned
 from pipesim.scheduling.runs import Run
@@ -22,6 +23,7 @@ from pipesim.simulation.faults import Crashes, MortalStageServer, stage_pace
 from pipesim.simulation.latency import decompose, path_parts
 from pipesim.simulation.links import Passage, cancellation_bytes, draft_bytes, request_bytes, result_bytes, tokens_bytes
 from pipesim.simulation.network import Network
+from pipesim.simulation.sharing import FairDevice
 from pipesim.simulation.stage import Frame, StageServer
 from pipesim.trace import Trace
 
@@ -72,7 +74,7 @@ class Simulation:
         self.truth = truth or make_truth(scenario)
         self.observer = observer
         plans = scenario.stages()
-        devices = {device.name: Device(device.name, device.cores) for device in scenario.cluster.devices}
+        devices = {device.name: self._make_device(device) for device in scenario.cluster.devices}
 
         def device_of(name: str | None, user: str) -> Device:
             return Device(f"{user}'s own device", 1) if name is None else devices[name]
@@ -80,6 +82,8 @@ class Simulation:
         cluster = scenario.cluster
         self._start = GenerationStarted(self.truth.prompt, scenario.workload.max_new_tokens, self.truth.stop_tokens)
         self._overhead = round(cluster.head.overhead_ms * 1e6)
+        own = cluster.head.draft_overhead_ms
+        self._draft_overhead = self._overhead if own is None else round(own * 1e6)
         self._device = device_of(cluster.head.device, "head")
         self._heard: deque[_Heard] = deque()
         self._busy = False
@@ -88,7 +92,8 @@ class Simulation:
         self._path_parts = path_parts(len(plans))
         self._emitted_at = 0
 
-        self._network = Network(scenario, self.clock)
+        shared = {name: device for name, device in devices.items() if isinstance(device, FairDevice)}
+        self._network = Network(scenario, self.clock, shared)
         crashes = [fault for fault in scenario.faults if isinstance(fault, CrashFault)]
         server = MortalStageServer if crashes else StageServer
         self.stages: list[StageServer] = []
@@ -103,6 +108,11 @@ class Simulation:
         self.drafter = DrafterServer(
             self.clock, scenario.drafter(), drafter_device, self.truth, observer, self._leave_drafter
         )
+
+    def _make_device(self, plan: DevicePlan) -> Device:
+        if plan.sharing == "fair":
+            return FairDevice(self.clock, plan.name, plan.cores, plan.contention)
+        return Device(plan.name, plan.cores)
 
     def run(self) -> None:
         """Carries the generation out to its end."""
@@ -123,12 +133,17 @@ class Simulation:
             self._device.acquire(self._take_up)
 
     def _take_up(self) -> None:
-        self.clock.at(self.clock.now + self._overhead, self._decide)
+        drafted = type(self._heard[0].event) is DraftReturned
+        now, overhead = self.clock.now, self._draft_overhead if drafted else self._overhead
+        if isinstance(self._device, FairDevice):
+            self._device.start(overhead, self._decide, now)
+        else:
+            self.clock.at(now + overhead, self._decide, now)
 
-    def _decide(self, _: Call) -> None:
+    def _decide(self, call: Call) -> None:
         heard = self._heard.popleft()
         if self._crashes is None or self._admits(self._crashes, heard):
-            self._handle(heard, self.clock.now - self._overhead)
+            self._handle(heard, call.value)
         self._device.release()
         if self._heard:
             self._device.acquire(self._take_up)

@@ -13,6 +13,7 @@ from pipesim.scheduling.runs import Run
 from pipesim.simulation.courses import Course
 from pipesim.simulation.devices import Call, Clock, Device
 from pipesim.simulation.links import Passage, metadata_bytes
+from pipesim.simulation.sharing import FairDevice, Job
 from pipesim.simulation.times import StageTimes
 
 
@@ -57,6 +58,8 @@ class StageServer:
         self._clock = clock
         self._index = index
         self._times = StageTimes(plan, pace)
+        self._layers = plan.layers
+        self._void_work = round(plan.void_ms * 1e6)
         self._device = device
         self._record = observer.stage_span
         self._leave = leave
@@ -66,6 +69,7 @@ class StageServer:
         self._start = -1  # of the run being computed, or on the wire and next; -1 while it waits for a core
         self._end = -1
         self._work = 0  # of the run being computed: how long it takes where nothing slows it down
+        self._job: Job | None = None  # what is computed on a fair device
         self._plan = 0  # counts what was planned; an event of an older plan means nothing
         self._dead: dict[int, int] = {}  # run -> when the stage hears that it is dead
         self._last_id = -1  # the newest run that has left
@@ -88,7 +92,12 @@ class StageServer:
         for run_id in run_ids:
             if run_id > self._last_id:
                 self._dead[run_id] = min(time, self._dead.get(run_id, time))
-        if self._start >= 0 and self._current is not None and self._current.run_id in run_ids:
+        current = self._current
+        if current is None or current.void or current.run_id not in run_ids:
+            return
+        if self._job is not None:
+            self._clock.at(time, self._stop, self._job)
+        elif self._start >= 0:
             end = self._times.cut(self._start, self._work, self._end, time)
             if end < self._end:
                 self._finish_at(end)
@@ -101,8 +110,11 @@ class StageServer:
         if frame is not None and self._device is not None:
             if self._start < 0:
                 self._device.withdraw(self._begin)
+            elif isinstance(self._device, FairDevice) and self._job is not None:
+                self._device.drop(self._job)
             else:
                 self._device.release()
+        self._job = None
         self._inbox.clear()
         self._dead.clear()
         self._current, self._start, self._resting = None, -1, True
@@ -127,7 +139,8 @@ class StageServer:
                 self._clock.at(start, self._take_up, self._plan)
                 return
             inbox.popleft()
-            if not void:
+            if not void or self._void_work:
+                frame.void = void
                 self._current = frame
                 if self._device is None:
                     self._begin_at(start)
@@ -144,11 +157,23 @@ class StageServer:
         frame = self._current
         assert frame is not None
         self._start = start
-        self._work = work = self._times.work(frame.run, frame.context)
+        self._work = work = self._void_work if frame.void else self._times.work(frame.run, frame.context)
+        if isinstance(self._device, FairDevice):
+            self._plan += 1
+            # a fault that slows the stage down meets runs as they begin
+            self._job = self._device.start(self._times.end(start, work) - start, self._finish, self._plan)
+            if frame.run_id in self._dead and not frame.void:
+                self._clock.at(max(start, self._dead[frame.run_id]), self._stop, self._job)
+            return
         end = self._times.end(start, work)
-        if frame.run_id in self._dead:  # it may have died while it waited for the core, or is going to
+        if frame.run_id in self._dead and not frame.void:  # it may have died while it waited, or is going to
             end = self._times.cut(start, work, end, self._dead[frame.run_id])
         self._finish_at(end)
+
+    def _stop(self, call: Call) -> None:
+        """A run that is computed on a fair device died: it ends at the next layer boundary."""
+        if isinstance(self._device, FairDevice):
+            self._device.shorten(call.value, self._layers)
 
     def _finish_at(self, end: int) -> None:
         self._end = end
@@ -156,10 +181,12 @@ class StageServer:
         self._clock.at(end, self._finish, self._plan)
 
     def _finish(self, call: Call) -> None:
+        if self._job is not None:
+            self._job, self._end = None, self._clock.now
         frame, start, end = self._current, self._start, self._end
         if frame is None or call.value != self._plan:
             return  # the planned end of a run that was cut short
-        void = self._dead.get(frame.run_id, end + 1) <= end
+        void = frame.void or self._dead.get(frame.run_id, end + 1) <= end
         if end > start:
             self._record(self._index, frame.run_id, start, end, void)
         frame.path += (start, end)

@@ -3,16 +3,10 @@
 from pathlib import Path
 
 import pytest
-from pipelines import LAYERS, VOCABULARY
-from tiny_models import save_tiny
-from tokenizers import Tokenizer, models, pre_tokenizers
+from talker import save_talker
 
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model of eight layers whose vocabulary are the words w0 .. w159; no text ends by itself."""
-    folder = save_tiny(tmp_path_factory.mktemp("talker"), num_hidden_layers=LAYERS, eos_token_id=None)
-    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return folder
+    """See ``save_talker``."""
+    return save_talker(tmp_path_factory.mktemp("talker"))

@@ -428,7 +428,7 @@ def test_compare_shows_every_metric_of_both_worlds(scenario: Path, tmp_path: Pat
     assert isinstance(figures, dict)
     for name in ("tokens_per_second", "ttft_s", "itl_s.p99", "e2e_s", "acceptance_rate", "stage_utilization.1"):
         figure = figures[name]
-        assert list(figure) == ["predicted", "measured", "spread", "error"]
+        assert list(figure) == ["predicted", "interval", "measured", "spread", "error", "verdict"]
         assert figure["spread"][0] <= figure["measured"] <= figure["spread"][1]
         assert figure["error"] == pytest.approx((figure["predicted"] - figure["measured"]) / figure["measured"])
     assert plot.read_text().startswith("<?xml")
@@ -439,8 +439,35 @@ def test_compare_shows_every_metric_of_both_worlds(scenario: Path, tmp_path: Pat
     assert people.stderr.endswith(f"error: {full}: cannot be written (No space left on device)\n")
     assert "Traceback" not in people.stderr
     assert "acceptance_rate" in people.stdout
-    assert "are replaced by probed ones" in people.stdout
+    assert "links and devices were measured" in people.stdout
     assert "All texts were equal" in people.stdout
+
+
+def test_three_commands_give_a_calibrated_prediction_of_one_s_own_machines(tiny_folder: Path, tmp_path: Path) -> None:
+    """As the README has them: stage servers, calibrate, and the profile simulated and compared."""
+    hosts, profile, page = tmp_path / "hosts.yaml", tmp_path / "profile.yaml", tmp_path / "page.html"
+    with stage_server() as (first, _), stage_server() as (second, _):
+        hosts.write_text(yaml.safe_dump([first, second]))
+        asked = ("--cluster", hosts, "--model", tiny_folder, "--prompt", PROMPT, "--rounds", 2, "--max-new-tokens", 24)
+        told = as_json(pipesim("calibrate", *asked, "--set", "workload.chat=false", "-o", profile, "--json"))
+        intervals, values = told["intervals"], told["values"]
+        assert isinstance(intervals, dict)
+        assert isinstance(values, dict)
+        assert values["cluster.stages.1.cost.rows_ms.1"] > 0
+        assert "cluster.devices.0.contention" in intervals, "both stages share this machine"
+        predicted = as_json(pipesim("simulate", profile, "--json"))
+        compared = as_json(pipesim("compare", profile, "--repeats", 2, "--json", "--html", page))
+    tokens, metrics = predicted["tokens"], compared["metrics"]
+    assert isinstance(tokens, list)
+    assert isinstance(metrics, dict)
+    assert len(tokens) == 24
+    assert compared["replays_identical"] == 2
+    assert compared["calibration"] == {key: told[key] for key in told if key not in ("profile", "values")}, "as it was"
+    speed = metrics["tokens_per_second"]
+    assert speed["interval"][0] <= speed["predicted"] <= speed["interval"][1]
+    content = page.read_text()
+    assert content.count('<svg class="timeline"') == 2
+    assert "http" not in content.replace("http-equiv", ""), "the page fetches nothing"
 
 
 def test_compare_takes_stop_strings(scenario: Path) -> None:

@@ -1,12 +1,12 @@
 """Profiles and roofline costs as keys of a scenario."""
 
 import pytest
+from observing import ACCEPTANCE, observe
 from scenario_builder import build
 
-from pipesim.acceptance_trace import FORMAT, AcceptanceTrace
-from pipesim.comparison import with_probed_costs
+from pipesim.comparison import calibrated
 from pipesim.errors import BadInputError
-from pipesim.executors import Probe
+from pipesim.executors import Observed
 from pipesim.hardware.costs import Machine, ModelPart, Roofline
 from pipesim.hardware.devices import DEVICES
 from pipesim.hardware.models import MODELS
@@ -42,20 +42,13 @@ def test_a_scenario_with_profiles_survives_being_written_and_read() -> None:
     assert build_scenario(scenario.model_dump()) == scenario
 
 
-def test_probed_costs_take_the_place_of_modelled_ones() -> None:
+def test_measured_costs_take_the_place_of_modelled_ones() -> None:
     scenario = build(LLAMA, H100, f"cluster.drafter={{model: {TINY}, cost: {{kind: roofline, profile: m2-ultra}}}}")
-    probe = Probe(
-        rows_ms=({1: 2.0},) * 3,
-        prefill_row_ms=(0.5,) * 3,
-        link_ms=0.1,
-        head_ms=0.2,
-        level_ms=3.0,
-        draft_prefill_row_ms=0.4,
-        acceptance=AcceptanceTrace(format=FORMAT, prompt_tokens=(1,), tokens=(2,), candidates=((),)),
-    )
-    probed = with_probed_costs(scenario, probe)
-    assert (probed.drafter().level_ms, probed.drafter().prefill_per_token_ms) == (3.0, 0.4)
-    assert [plan.layers for plan in probed.stages()] == [plan.layers for plan in scenario.stages()]
+    seen = observe(build("cluster.drafter={level_ms: 3, prefill_per_token_ms: 0.4}"))
+    measured = calibrated(scenario, Observed(seen, 4, (False,) * 3, None, ACCEPTANCE))
+    assert measured.drafter().level_ms == pytest.approx(3.0)
+    assert measured.drafter().prefill_per_token_ms == pytest.approx(0.4)
+    assert [plan.layers for plan in measured.stages()] == [plan.layers for plan in scenario.stages()]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,100 @@
+"""Machines whose cores are shared fairly: paces, boundaries, and that text and bound know nothing of it."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scenario_builder import build
+
+from pipesim.metrics import compute_metrics
+from pipesim.simulation.bound import clairvoyant_bound
+from pipesim.simulation.devices import Clock
+from pipesim.simulation.pipeline import simulate
+from pipesim.simulation.sharing import FairDevice
+
+BOX = "cluster.devices=[{name: box, cores: %s, sharing: fair, contention: %s}]"
+ALL = ["cluster.stages.0.device=box", "cluster.drafter.device=box", "cluster.head.device=box"]
+
+
+def ends(cores: int, contention: float, works: list[int]) -> list[int]:
+    """When jobs end that all begin at once."""
+    clock, found = Clock(), dict[int, int]()
+    device = FairDevice(clock, "box", cores, contention)
+    for index, work in enumerate(works):
+        device.start(work, lambda call: found.__setitem__(call.value, clock.now), index)
+    clock.run_calls()
+    return [found[index] for index in range(len(works))]
+
+
+def test_jobs_share_the_cores_equally_and_speed_up_as_others_end() -> None:
+    assert ends(1, 0.0, [1000, 1000]) == [2000, 2000]
+    assert ends(2, 0.0, [1000, 3000, 3000]) == [1500, 3500, 3500]  # 2/3 each until 1500, then a core each
+    assert ends(2, 0.5, [1000, 2000]) == [1500, 2500], "two at work are 1.5 times as slow, the last one is alone"
+    assert ends(4, 0.5, [1000]) == [1000]
+
+
+@given(st.integers(1, 4), st.lists(st.integers(1, 10**9), min_size=1, max_size=6))
+def test_no_work_is_lost_or_won(cores: int, works: list[int]) -> None:
+    found = ends(cores, 0.0, works)
+    assert max(found) >= max(max(works), sum(works) // cores) - len(works)
+    assert max(found) <= sum(works) + len(works)
+    assert sorted(found) == [end for _, end in sorted(zip(works, found, strict=True))], "the least work ends first"
+
+
+def test_a_job_is_cut_at_the_next_boundary() -> None:
+    clock, found = Clock(), list[int]()
+    device = FairDevice(clock, "box", 1, 0.0)
+    job = device.start(900, lambda _: found.append(clock.now))
+    clock.at(301, lambda _: device.shorten(job, 3))
+    clock.run_calls()
+    assert found == [600]
+
+
+@pytest.mark.parametrize("cores", [1, 2, 3])
+def test_a_lone_stage_takes_no_notice_of_how_its_machine_is_shared(cores: int) -> None:
+    plain = ["policy.name=autoregressive", f"cluster.devices=[{{name: box, cores: {cores}}}]", *ALL]
+    queued, fair = simulate(build(*plain)), simulate(build(*plain, "cluster.devices.0.sharing=fair"))
+    assert [one.time_s for one in queued.emissions][1:] == pytest.approx([one.time_s for one in fair.emissions][1:])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from(["autoregressive", "speculative", "pipeinfer"]),
+    st.integers(1, 3),
+    st.sampled_from([0, 0.4]),
+    st.floats(0, 1),
+    st.sampled_from([(), ("faults=[{kind: crash, stage: 1, start_ms: 300, detect_ms: 50, restart_ms: 200}]",)]),
+)
+def test_text_and_bound_hold_on_shared_machines(
+    policy: str, cores: int, contention: float, rate: float, faults: tuple[str, ...]
+) -> None:
+    sets = [f"policy.name={policy}", f"acceptance.rate={rate}", BOX % (cores, contention), *ALL, *faults]
+    scenario = build(*sets)
+    trace = simulate(scenario)
+    assert trace.tokens == simulate(build(f"acceptance.rate={rate}", "policy.name=autoregressive")).tokens
+    metrics = compute_metrics(trace)
+    assert metrics.e2e_s is not None
+    assert metrics.e2e_s >= clairvoyant_bound(scenario).e2e_s - 1e-9
+    assert simulate(scenario) == trace
+
+
+def test_messages_within_a_shared_machine_are_work_of_its_cores() -> None:
+    """On a machine with nothing else to do a link takes its latency; beside busy cores it takes longer."""
+    alone = ["policy.name=autoregressive", BOX % (2, 0), *ALL, "cluster.links={latency_ms: 4}"]
+    elsewhere = [*alone[:1], "cluster.links={latency_ms: 4}"]
+    one, other = (compute_metrics(simulate(build(*sets))).itl_s for sets in (alone, elsewhere))
+    assert one
+    assert other
+    assert one.p50 == pytest.approx(other.p50, rel=1e-6), "one run at a time has the machine to itself"
+    crowded = ["acceptance.rate=1", BOX % (1, 0), *ALL]
+    costly, free = (
+        compute_metrics(simulate(build(*crowded, f"cluster.links={{latency_ms: {ms}}}"))).e2e_s for ms in (4, 0)
+    )
+    queued = ["acceptance.rate=1", "cluster.devices=[{name: box, cores: 1}]", *ALL]
+    apart, none = (
+        compute_metrics(simulate(build(*queued, f"cluster.links={{latency_ms: {ms}}}"))).e2e_s for ms in (4, 0)
+    )
+    assert costly
+    assert free
+    assert apart
+    assert none
+    assert costly - free > 1.5 * (apart - none), "latency that needs a core is dearer than latency that does not"
