@@ -221,9 +221,8 @@ class Network:
         if ingress:
             return EnteringLink(self._clock, ingress, plan, faults, seed, egress)
         link = make_link(plan, faults, seed, egress)
-        if type(link) is LinkModel and not leaves_device and plan.source in self._shared:
-            return LocalLink(plan.name, plan.link, self._shared[plan.source])
-        return link
+        shared = None if leaves_device else self._shared.get(plan.source or "")
+        return LocalLink(plan.name, plan.link, shared) if shared and type(link) is LinkModel else link
 
 
 def make_link(plan: LinkPlan, faults: Sequence[LinkFault], seed: int, egress: Interface | None = None) -> LinkModel:
