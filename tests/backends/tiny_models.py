@@ -1,4 +1,4 @@
-"""Random models of a few kilobytes of every family, and a pipeline of stages chained in this process."""
+"""Random models as GGUF files and as sources, and a pipeline of stages chained in this process."""
 
 import json
 import re
@@ -8,10 +8,11 @@ from typing import Any
 
 import gguf
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from backends.models.decoder import read_layer
 from backends.models.loading import ModelSource, open_model
+from backends.models.random_models import FAMILY_CONFIGS, save_tiny, tiny_config
 from backends.models.stage_model import StageModel
 from backends.sampling import Sampling
 from pipesim.scheduling.runs import Run, RunKind
@@ -26,118 +27,6 @@ __all__ = [
     "tiny_config",
     "tiny_source",
 ]
-
-FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "mistral": {"model_type": "mistral", "sliding_window": 70},
-    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
-    "qwen2-windows": {
-        "model_type": "qwen2",
-        "use_sliding_window": True,
-        "sliding_window": 5,
-        "max_window_layers": 2,
-    },
-    "qwen3": {"model_type": "qwen3", "head_dim": 32, "rope_theta": 1e6},
-    "gemma3": {
-        "model_type": "gemma3_text",
-        "head_dim": 32,
-        "num_key_value_heads": 1,
-        "tie_word_embeddings": True,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "query_pre_attn_scalar": 24,
-        "sliding_window": 64,
-        "sliding_window_pattern": 3,
-        "rope_theta": 1e6,
-        "rope_local_base_freq": 1e4,
-        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
-    },
-}
-"""Changes to the tiny Llama that make one of each family (windows in the way of tests' prompts, not of blocks)."""
-
-
-def tiny_config(**changes: Any) -> dict[str, Any]:
-    return {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "hidden_size": 64,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "intermediate_size": 96,
-        "vocab_size": 160,
-        "max_position_embeddings": 1024,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "tie_word_embeddings": False,
-        "hidden_act": "silu",
-        "eos_token_id": 2,
-        "bos_token_id": 1,
-    } | changes
-
-
-def random_weights(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    hidden, heads, kv = config["hidden_size"], config["num_attention_heads"], config["num_key_value_heads"]
-    head_dim = config.get("head_dim", hidden // heads)
-    inner, vocabulary = config["intermediate_size"], config["vocab_size"]
-
-    def matrix(outputs: int, inputs: int) -> torch.Tensor:
-        return torch.randn(outputs, inputs, generator=generator) * inputs**-0.5
-
-    family = config["model_type"]
-    offset = 1.0 if family == "gemma3_text" else 0.0
-
-    def vector(size: int, mean: float = 0.0) -> torch.Tensor:
-        return mean + 0.1 * torch.randn(size, generator=generator)
-
-    def norm(size: int = hidden) -> torch.Tensor:
-        return vector(size, 1.0 - offset)
-
-    weights = {"model.embed_tokens.weight": torch.randn(vocabulary, hidden, generator=generator)}
-    for layer in range(config["num_hidden_layers"]):
-        prefix = f"model.layers.{layer}."
-        weights |= {
-            prefix + "input_layernorm.weight": norm(),
-            prefix + "post_attention_layernorm.weight": norm(),
-            prefix + "self_attn.q_proj.weight": matrix(heads * head_dim, hidden),
-            prefix + "self_attn.k_proj.weight": matrix(kv * head_dim, hidden),
-            prefix + "self_attn.v_proj.weight": matrix(kv * head_dim, hidden),
-            prefix + "self_attn.o_proj.weight": matrix(hidden, heads * head_dim),
-            prefix + "mlp.gate_proj.weight": matrix(inner, hidden),
-            prefix + "mlp.up_proj.weight": matrix(inner, hidden),
-            prefix + "mlp.down_proj.weight": matrix(hidden, inner),
-        }
-        if family == "qwen2":
-            for name, size in (("q", heads), ("k", kv), ("v", kv)):
-                weights[f"{prefix}self_attn.{name}_proj.bias"] = vector(size * head_dim)
-        if family in ("qwen3", "gemma3_text"):
-            weights |= {f"{prefix}self_attn.{name}_norm.weight": norm(head_dim) for name in "qk"}
-        if family == "gemma3_text":
-            weights |= {f"{prefix}{place}_feedforward_layernorm.weight": norm() for place in ("pre", "post")}
-    weights["model.norm.weight"] = norm()
-    if not config["tie_word_embeddings"]:
-        weights["lm_head.weight"] = matrix(vocabulary, hidden)
-    return weights
-
-
-def save_tiny(folder: Path, shards: int = 1, seed: int = 0, **changes: Any) -> Path:
-    """Writes a random model as a Hugging Face folder, in one file or in shards with an index."""
-    config = tiny_config(**changes)
-    weights = random_weights(config, seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    if shards == 1:
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        return folder
-    names = sorted(weights)
-    index = {}
-    for shard in range(shards):
-        file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
-        part = {name: weights[name] for name in names[shard::shards]}
-        save_file(part, folder / file, metadata={"format": "pt"})
-        index |= dict.fromkeys(part, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    return folder
 
 
 def save_gguf(folder: Path, file: Path) -> Path:
