@@ -76,7 +76,9 @@ def random_weights(config: Mapping[str, Any], seed: int = 0) -> dict[str, torch.
     def norm(size: int = hidden) -> torch.Tensor:
         return vector(size, 1.0 - offset)
 
-    weights = {"model.embed_tokens.weight": torch.randn(vocabulary, hidden, generator=generator)}
+    # As its own LM head, an embedding of full size would repeat each token for ever.
+    scale = hidden**-0.5 if config["tie_word_embeddings"] else 1.0
+    weights = {"model.embed_tokens.weight": scale * torch.randn(vocabulary, hidden, generator=generator)}
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
         weights |= {
@@ -96,7 +98,10 @@ def random_weights(config: Mapping[str, Any], seed: int = 0) -> dict[str, torch.
         if family in ("qwen3", "gemma3_text"):
             weights |= {f"{prefix}self_attn.{name}_norm.weight": norm(head_dim) for name in "qk"}
         if family == "gemma3_text":
-            weights |= {f"{prefix}{place}_feedforward_layernorm.weight": norm() for place in ("pre", "post")}
+            weights[f"{prefix}pre_feedforward_layernorm.weight"] = norm()
+            # Layers must outweigh the token that goes in, or its own embedding makes it the next one, too.
+            for place in ("attention", "feedforward"):
+                weights[f"{prefix}post_{place}_layernorm.weight"] = 2.0 + norm()
     weights["model.norm.weight"] = norm()
     if not config["tie_word_embeddings"]:
         weights["lm_head.weight"] = matrix(vocabulary, hidden)

@@ -1,0 +1,220 @@
+"""Runs combinations on pipelines of processes and holds each text against plain decoding in this process."""
+
+import asyncio
+import hashlib
+import io
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from analysis.exactness.combinations import (
+    LETTERS,
+    LONGEST_PROMPT,
+    LONGEST_TEXT,
+    TINY_LAYERS,
+    Combination,
+    Setup,
+    draw_combination,
+    draw_setup,
+)
+from backends.cluster import ClusterPlan, DrafterPart, running_pipeline, stage_parts
+from backends.control import Planted
+from backends.head import Head
+from backends.models.loading import open_model
+from backends.models.random_models import FAMILY_CONFIGS, save_shortened, save_tiny
+from backends.models.stage_model import StageModel
+from backends.pipeline import Pipeline
+from backends.reference import generate_in_one_process
+from backends.text_stream import TextStream
+from backends.tokenizer import open_tokenizer
+from pipesim.event_log import replay_log
+from pipesim.recorder import Recorder
+from pipesim.scenario import IidAcceptance
+from pipesim.scheduling.events import GenerationStarted
+from pipesim.scheduling.policy import make_policy
+from pipesim.scheduling.scheduler import Scheduler
+from pipesim.sweep.journal import Journal
+from pipesim.trace import Trace
+
+EQUAL = "equal"
+_TIMEOUT_S = 60.0  # a generation that hangs is a failure, not a reason to wait
+_TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+Outcome = dict[str, Any]
+"""What became of one combination: ``verdict`` (equal, or what was wrong) and figures of its trace."""
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """The text of plain decoding: all tokens that the model gives, those up to a stop string, and their text."""
+
+    prompt: tuple[int, ...]
+    all_tokens: tuple[int, ...]
+    tokens: tuple[int, ...]
+    text: str
+
+
+class Rig:
+    """The model of one setup, its files in ``folder``, and plain decoding with it."""
+
+    def __init__(self, setup: Setup, folder: Path) -> None:
+        self.setup = setup
+        self.model = setup.family
+        if setup.is_tiny:
+            target = folder / f"{setup.family}-target"
+            changes = {"num_hidden_layers": TINY_LAYERS, **FAMILY_CONFIGS[setup.family]}
+            self.model = str(save_tiny(target, **changes))
+            self.draft_model = str(save_shortened(folder / f"{setup.family}-draft", target, TINY_LAYERS - 2))
+        source = open_model(self.model)
+        self._whole = StageModel(source, 0, source.config.layers, _TORCH_DTYPES[setup.dtype])
+        self._vocabulary = source.config.vocabulary
+        self._tokenizer = None if setup.is_tiny else open_tokenizer(source)
+
+    def plan(self) -> ClusterPlan:
+        """The pipeline of processes."""
+        setup = self.setup
+        name = self.draft_model if setup.drafter == "draft model" else setup.drafter
+        skipped = setup.skipped if setup.drafter == "layer-skip" else None
+        drafter = DrafterPart(name, self._vocabulary, LONGEST_PROMPT + LONGEST_TEXT, skipped)
+        return ClusterPlan(self.model, stage_parts(setup.layers), drafter, setup.dtype)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of ``tokens``."""
+        if self._tokenizer:
+            return self._tokenizer.decode(tokens)
+        return "".join(LETTERS[token % len(LETTERS)] for token in tokens)
+
+    def expected(self, combination: Combination) -> Expected:
+        """What plain decoding makes of ``combination``: one process, one row at a time, no scheduler."""
+        prompt = combination.prompt
+        if isinstance(prompt, str):
+            assert self._tokenizer
+            prompt = tuple(self._tokenizer.encode(prompt))
+        tokens = generate_in_one_process(
+            self._whole, prompt, combination.new_tokens, combination.stop_tokens, combination.sampling
+        )
+        stream = TextStream(self.decode, combination.stop)
+        text = stream.feed(tokens) + stream.finish()
+        return Expected(prompt, tuple(tokens), tuple(tokens[: stream.ended]), text)
+
+
+async def generate(pipeline: Pipeline, rig: Rig, combination: Combination, expected: Expected) -> Outcome:
+    """One generation on ``pipeline``, judged. Raises whatever breaks it."""
+    policy = make_policy(combination.policy, combination.settings)
+    cells = None
+    if combination.spare_cells is not None:
+        cells = len(expected.prompt) + combination.new_tokens + combination.spare_cells
+    scheduler = Scheduler(policy, cells, prefill_window=combination.prefill_window)
+    log = io.StringIO()
+    recorder = Recorder(scheduler, combination.sampling.seed, [str(stage) for stage in rig.setup.layers], log)
+    stream, pieces = TextStream(rig.decode, combination.stop), list[str]()
+
+    def on_tokens(tokens: tuple[int, ...]) -> int | None:
+        pieces.append(stream.feed(tokens))
+        return stream.ended
+
+    planted = None
+    if rig.setup.drafter == "planted" and policy.limits.nodes:
+        acceptance = IidAcceptance(kind="iid", rate=combination.acceptance)
+        planted = Planted((*expected.prompt, *expected.all_tokens), acceptance.model_dump())
+    started = GenerationStarted(expected.prompt, combination.new_tokens, combination.stop_tokens)
+    async with asyncio.timeout(_TIMEOUT_S):
+        await Head(pipeline, recorder, on_tokens).generate(started, combination.sampling, planted)
+    trace = recorder.trace()
+    text = "".join(pieces) + stream.finish()
+    return {"verdict": judge(trace, text, expected, log.getvalue()), **figures(trace, bool(stream.ended))}
+
+
+def judge(trace: Trace, text: str, expected: Expected, log: str) -> str:
+    """``equal``, or what is wrong with a generation."""
+    if trace.tokens != expected.tokens:
+        pairs = zip(trace.tokens, expected.tokens, strict=False)
+        at = next((i for i, (got, want) in enumerate(pairs) if got != want), None)
+        return "the text has another length" if at is None else f"another text from token {at} on"
+    if text != expected.text:
+        return "equal tokens, but another text"
+    if not trace.complete or trace.drained_s is None:
+        return f"it did not come to its end: {trace.finish_reason}"
+    with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
+        file.write(log)
+        file.flush()
+        replayed = replay_log(Path(file.name))
+    if replayed.difference or not replayed.released:
+        return f"the event log does not replay: {replayed.difference}"
+    return EQUAL
+
+
+def figures(trace: Trace, met_stop_string: bool) -> Outcome:
+    """What shows that speculation was at work."""
+    return {
+        "tokens": len(trace.tokens),
+        "distinct": len(set(trace.tokens)),
+        "end": "stop string" if met_stop_string else str(trace.finish_reason),
+        "verified": trace.drafted_verified,
+        "accepted": trace.drafted_accepted,
+        "void_spans": sum(span.void for span in trace.spans),
+        "fates": dict(Counter(str(run.fate) for run in trace.runs)),
+        "widest_run": max(run.rows for run in trace.runs),
+    }
+
+
+def run_campaign(numbers: Iterable[int], journal: Journal, progress: Callable[[str], None]) -> list[Outcome]:
+    """The outcomes of all combinations in ``numbers``; what ``journal`` has is not run again."""
+    combinations = [draw_combination(number) for number in sorted(set(numbers))]
+    keys = {combination.number: journal_key(combination) for combination in combinations}
+    left = [combination for combination in combinations if keys[combination.number] not in journal.finished]
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        for pipeline, members in groupby(left, key=lambda combination: combination.pipeline):
+            began, bad = time.monotonic(), 0
+            for combination, outcome in run_on_one_pipeline(draw_setup(pipeline), list(members), folder):
+                journal.add(keys[combination.number], outcome)
+                bad += outcome["verdict"] != EQUAL
+            progress(f"{_describe(draw_setup(pipeline))}: {bad} bad, {time.monotonic() - began:.0f} s")
+    return [{"number": number, **journal.finished[key]} for number, key in keys.items()]
+
+
+def run_on_one_pipeline(
+    setup: Setup, combinations: Sequence[Combination], folder: Path
+) -> Iterator[tuple[Combination, Outcome]]:
+    """Each combination with its outcome; what breaks the pipeline is an outcome, and the others go on with a new one."""
+    torch.set_num_threads(1)
+    rig = Rig(setup, folder)
+    left = [(combination, rig.expected(combination)) for combination in combinations]
+    while left:
+        outcomes = asyncio.run(_until_it_breaks(rig, left))
+        yield from ((combination, outcome) for (combination, _), outcome in zip(left, outcomes, strict=False))
+        left = left[len(outcomes) :]
+
+
+async def _until_it_breaks(rig: Rig, work: Sequence[tuple[Combination, Expected]]) -> list[Outcome]:
+    outcomes: list[Outcome] = []
+    try:
+        async with running_pipeline(rig.plan()) as pipeline:
+            for combination, expected in work:
+                began = time.monotonic()
+                outcome = await generate(pipeline, rig, combination, expected)
+                outcomes.append({**outcome, "seconds": round(time.monotonic() - began, 3)})
+    except Exception as error:
+        if len(outcomes) < len(work):
+            outcomes.append({"verdict": f"{type(error).__name__}: {error}"})
+    return outcomes
+
+
+def journal_key(combination: Combination) -> str:
+    """Names a combination with all that it consists of: what is drawn otherwise is run anew."""
+    drawn = f"{asdict(draw_setup(combination.pipeline))} {asdict(combination)}"
+    return f"{combination.number} {hashlib.sha256(drawn.encode()).hexdigest()[:16]}"
+
+
+def _describe(setup: Setup) -> str:
+    stages = f"{len(setup.layers)} stage{'s' * (len(setup.layers) > 1)}"
+    return f"pipeline {setup.number}: {setup.family}, {setup.dtype}, {stages}, {setup.drafter}"
