@@ -10,6 +10,9 @@ from typing import Any
 
 from pipesim.errors import StageFailedError
 
+NURSERY: tuple[str, ...] = ("backends.nursery",)
+"""The module that is the nursery, and arguments before its own: the exactness campaign puts another one here."""
+
 _KILL_AFTER_S = 1.0
 
 
@@ -60,7 +63,7 @@ class Nursery:
     async def start(cls, preload: bool) -> "Nursery":
         """Starts the nursery; ``preload``: its nodes will need PyTorch."""
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-P", "-m", "backends.nursery", *(["--preload"] if preload else [])),
+            *(sys.executable, "-P", "-m", *NURSERY, *(["--preload"] if preload else [])),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
         )

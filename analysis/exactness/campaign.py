@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import io
+import json
 import tempfile
 import time
 from collections import Counter
@@ -45,6 +46,9 @@ from pipesim.sweep.journal import Journal
 from pipesim.trace import Trace
 
 EQUAL = "equal"
+SHARPNESS = 3.0
+"""Of random models: drafters are sure enough to draft, and torn often enough to fork."""
+
 _TIMEOUT_S = 60.0  # a generation that hangs is a failure, not a reason to wait
 _TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -71,7 +75,7 @@ class Rig:
         if setup.is_tiny:
             target = folder / f"{setup.family}-target"
             changes = {"num_hidden_layers": TINY_LAYERS, **FAMILY_CONFIGS[setup.family]}
-            self.model = str(save_tiny(target, **changes))
+            self.model = str(save_tiny(target, sharpness=SHARPNESS, **changes))
             self.draft_model = str(save_shortened(folder / f"{setup.family}-draft", target, TINY_LAYERS - 2))
         source = open_model(self.model)
         self._whole = StageModel(source, 0, source.config.layers, _TORCH_DTYPES[setup.dtype])
@@ -130,7 +134,8 @@ async def generate(pipeline: Pipeline, rig: Rig, combination: Combination, expec
         await Head(pipeline, recorder, on_tokens).generate(started, combination.sampling, planted)
     trace = recorder.trace()
     text = "".join(pieces) + stream.finish()
-    return {"verdict": judge(trace, text, expected, log.getvalue()), **figures(trace, bool(stream.ended))}
+    verdict = judge(trace, text, expected, log.getvalue())
+    return {"verdict": verdict, **figures(trace, log.getvalue(), bool(stream.ended))}
 
 
 def judge(trace: Trace, text: str, expected: Expected, log: str) -> str:
@@ -152,8 +157,10 @@ def judge(trace: Trace, text: str, expected: Expected, log: str) -> str:
     return EQUAL
 
 
-def figures(trace: Trace, met_stop_string: bool) -> Outcome:
-    """What shows that speculation was at work."""
+def figures(trace: Trace, log: str, met_stop_string: bool) -> Outcome:
+    """What shows that speculation was at work; ``forks`` are runs with several branches of two tokens or more."""
+    commands = (command for line in log.splitlines()[1:] for command in json.loads(line)["commands"])
+    positions = [Counter(command["run"]["positions"]) for command in commands if command["type"] == "SubmitRun"]
     return {
         "tokens": len(trace.tokens),
         "distinct": len(set(trace.tokens)),
@@ -162,7 +169,7 @@ def figures(trace: Trace, met_stop_string: bool) -> Outcome:
         "accepted": trace.drafted_accepted,
         "void_spans": sum(span.void for span in trace.spans),
         "fates": dict(Counter(str(run.fate) for run in trace.runs)),
-        "widest_run": max(run.rows for run in trace.runs),
+        "forks": sum(sorted(rows.values())[-2:-1] >= [2] for rows in positions),
     }
 
 

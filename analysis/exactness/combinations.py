@@ -113,7 +113,7 @@ def draw_combination(number: int) -> Combination:
         settings=_settings(draw, policy),
         sampling=_sampling(draw),
         prompt=_prompt(draw) if setup.is_tiny else draw.choice(_REAL_PROMPTS),
-        new_tokens=draw.choice((1, 2, draw.randint(3, 24), *(draw.randint(24, LONGEST_TEXT),) * 5)),
+        new_tokens=_length(draw) if setup.is_tiny else draw.randint(4, LONGEST_TEXT // 2),
         stop_tokens=tuple(draw.sample(range(VOCABULARY), 2)) if draw.random() < 0.25 else (),
         stop=_stop(draw, setup) if draw.random() < 0.3 else (),
         spare_cells=draw.choice((None, None, None, 0, 3, 9)),
@@ -126,9 +126,9 @@ def _settings(draw: random.Random, policy: str) -> dict[str, Any]:
     if policy == "pipeinfer":
         return {
             "micro_batch": draw.randint(1, 9),
-            "branches": draw.randint(1, 4),
+            "branches": draw.choice((1, 2, 2, 3, 4)),
             "p_accept": draw.choice((0.0, 0.0, 0.1, 0.3)),
-            "p_split": draw.choice((0.0, 0.05, 0.2, 0.5)),
+            "p_split": draw.choice((0.0, 0.02, 0.1, 0.3)),
             "p_recovery": draw.choice((0.0, 0.0, 0.1)),
             "p_decay": draw.choice((0.0, 0.0, 0.1)),
             "partitions": draw.choice((1, 2, 4, 16)),
@@ -141,9 +141,9 @@ def _settings(draw: random.Random, policy: str) -> dict[str, Any]:
     if policy == "speculative":
         return {
             "max_nodes": draw.randint(1, 12),
-            "branches": draw.randint(1, 4),
+            "branches": draw.choice((1, 2, 2, 3, 4)),
             "cutoff": draw.choice((0.0, 0.1, 0.3)),
-            "split": draw.choice((0.0, 0.05, 0.2)),
+            "split": draw.choice((0.0, 0.02, 0.1)),
         }
     return {}
 
@@ -169,7 +169,13 @@ def _prompt(draw: random.Random) -> tuple[int, ...]:
     return tuple(tokens[:length])
 
 
+def _length(draw: random.Random) -> int:
+    if draw.random() < 0.1:
+        return draw.randint(1, 3)
+    return draw.randint(12, LONGEST_TEXT)
+
+
 def _stop(draw: random.Random, setup: Setup) -> tuple[str, ...]:
     if not setup.is_tiny:
         return tuple(draw.sample(_REAL_STOPS, 2))
-    return tuple("".join(draw.choices(LETTERS, k=length)) for length in (2, 3, 4))
+    return tuple("".join(draw.choices(LETTERS, k=length)) for length in (3, 3, 4))

@@ -5,50 +5,43 @@ plain decoding in its process, are sound.
 """
 
 import dataclasses
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
+from pipesim.scheduling import scheduler
 from pipesim.scheduling.cells import CellTable
 from pipesim.scheduling.generation import Generation
-from pipesim.scheduling.runs import RunKind
-from pipesim.scheduling.speculation import Node
+from pipesim.scheduling.runs import Run, RunKind
+from pipesim.scheduling.speculation import InFlightRun, Node
 
-Patch = Callable[[], None]
-
-
-def _replace(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
-    setattr(owner, name, make(getattr(owner, name)))
+Make = Callable[[Any], Any]
+"""Makes a defective function of a sound one."""
 
 
 def _wrong_position() -> None:
-    """The last row of a speculative run of several rows is rotated as if it stood one position earlier."""
-    from backends.models import stage_model
+    from backends.models.stage_model import StageModel
 
-    def make(plan_run: Any) -> Any:
-        def mutated(run: Any, *rest: Any) -> Any:
-            plan = plan_run(run, *rest)
+    def make(hidden_states: Any) -> Any:
+        def mutated(self: StageModel, session: int, run: Run, *rest: Any) -> Any:
             if run.kind is RunKind.SPECULATIVE and run.rows > 1:
-                for look in plan.looks.values():
-                    look.cos[run.rows - 1] = look.cos[run.rows - 2]
-            return plan
+                *others, last = run.positions
+                run = dataclasses.replace(run, positions=(*others, last - 1))
+            return hidden_states(self, session, run, *rest)
 
         return mutated
 
-    _replace(stage_model, "plan_run", make)
+    _replace(StageModel, "_hidden_states", make)
 
 
 def _leaked_cell() -> None:
-    """A row sees the oldest cell of the position before its own, whichever branch that belongs to."""
-
     def make(visible: Any) -> Any:
         def mutated(self: CellTable, position: int, sequences: int, start: int = 0) -> list[int]:
             seen: list[int] = visible(self, position, sequences, start)
-            if len(seen) > 1:
-                seen[-2] = self._at[position - 1][0]
-            return seen
+            return [*(self._at[at][-1] for at in range(start, position)), *seen[-1:]]
 
         return mutated
 
@@ -56,10 +49,8 @@ def _leaked_cell() -> None:
 
 
 def _forgotten_operations() -> None:
-    """The KV operations in front of a run are forgotten if it carries more than four rows of a draft."""
-
     def make(admit: Any) -> Any:
-        def mutated(self: CellTable, run: Any) -> Any:
+        def mutated(self: CellTable, run: Run) -> Any:
             forgets = run.kind is RunKind.SPECULATIVE and run.rows > 4
             return admit(self, dataclasses.replace(run, kv_operations=()) if forgets else run)
 
@@ -69,14 +60,13 @@ def _forgotten_operations() -> None:
 
 
 def _noise_by_run() -> None:
-    """The noise is a function of the run that computes a token, not of its position."""
     from backends.models.stage_model import StageModel
     from backends.sampling import Sampling
 
     run_id = 0
 
     def make_forward(forward: Any) -> Any:
-        def mutated(self: StageModel, session: int, run: Any, *rest: Any) -> Any:
+        def mutated(self: StageModel, session: int, run: Run, *rest: Any) -> Any:
             nonlocal run_id
             run_id = run.run_id
             return forward(self, session, run, *rest)
@@ -94,58 +84,91 @@ def _noise_by_run() -> None:
 
 
 def _history_of_another_branch() -> None:
-    """A repetition penalty looks at the run's first row's branch for all of its rows."""
     from backends.models.stage_model import Session
 
     def make(histories: Any) -> Any:
-        def mutated(self: Session, run: Any) -> Any:
+        def mutated(self: Session, run: Run) -> Any:
             found = histories(self, run)
-            return [[*found[0], *found[-1]][: len(history)] for history in found]
+            longest = max(found, key=len, default=())
+            return [longest[: len(history)] for history in found]
 
         return mutated
 
     _replace(Session, "histories", make)
 
 
-def _other_tiles() -> None:
-    """Rows are multiplied as many together as come, as a plain product would."""
-    from backends.models.exact import Tiling
+def _rows_in_disorder() -> None:
+    from backends.models.stage_model import StageModel
 
-    def make(split: Any) -> Any:
-        def mutated(self: Tiling, rows: int) -> tuple[int, tuple[tuple[int, int], ...]]:
-            return rows, ((0, rows),)
+    def make(forward: Any) -> Any:
+        def mutated(self: StageModel, session: int, run: Run, *rest: Any) -> Any:
+            result = forward(self, session, run, *rest)
+            return sorted(result) if isinstance(result, list) else result
 
         return mutated
 
-    _replace(Tiling, "split", make)
+    _replace(StageModel, "forward", make)
 
 
-STAGE_DEFECTS: dict[str, Patch] = {
-    "wrong position": _wrong_position,
-    "leaked cell": _leaked_cell,
-    "forgotten operations": _forgotten_operations,
-    "noise by run": _noise_by_run,
-    "history of another branch": _history_of_another_branch,
-    "no row tiles": _other_tiles,
-}
-"""Defects of stages by name."""
-
-
-def _unverified(walk: Any) -> Any:
-    """The head takes a draft's first token for text, whatever the target model says."""
-
+def _unverified(advance: Any) -> Any:
     def mutated(root: Node, token: int) -> Node:
-        return walk(root, root.first_child.token if root.first_child else token)
+        return advance(root, root.first_child.token if root.first_child else token)  # type: ignore[no-any-return]
 
     return mutated
 
 
-def _wrong_winner(promote: Any) -> Any:
-    """The head promotes the cells of the branch that was drafted last."""
-
-    def mutated(self: Generation, last: Node) -> None:
-        highest = 1 << last.sequences.bit_length() - 1
-        last.sequences = highest if self.in_flight else last.sequences
-        promote(self, last)
+def _stale_cells(release: Any) -> Any:
+    def mutated(self: Generation, run: InFlightRun) -> None:
+        with mock.patch.object(self, "queue", lambda operation: None):
+            release(self, run)
 
     return mutated
+
+
+STAGE_DEFECTS: dict[str, tuple[str, Callable[[], None]]] = {
+    "wrong position": (
+        "the last row of a drafted run is computed as if it stood one position earlier",
+        _wrong_position,
+    ),
+    "leaked cell": ("a row sees the newest cell of each position before its own, on whatever branch", _leaked_cell),
+    "forgotten operations": ("KV operations before drafted runs of over four rows are skipped", _forgotten_operations),
+    "noise by run": ("the sampling noise is a function of the run, too, not of the position alone", _noise_by_run),
+    "another's history": ("the repetition penalty looks at the longest branch of a run", _history_of_another_branch),
+    "rows in disorder": ("a run's predictions come home sorted, not row by row", _rows_in_disorder),
+}
+"""Defects of stages by name: in words, and what brings them about in a stage's process."""
+
+HEAD_DEFECTS: dict[str, tuple[str, Any, str, Make]] = {
+    "no verification": ("a drafted token is text, whatever the target says", scheduler, "advance", _unverified),
+    "stale cells": ("a run's cells outlive it in its sequences", Generation, "release_partition", _stale_cells),
+}
+"""Defects of the head by name: in words, and what is replaced by what."""
+
+DEFECTS = {name: words for name, (words, *_) in (STAGE_DEFECTS | HEAD_DEFECTS).items()}
+"""All defects, in words."""
+
+
+@contextmanager
+def defect(name: str | None) -> Iterator[None]:
+    """Pipelines that start within have the defect ``name``, if any."""
+    if name in STAGE_DEFECTS:
+        quiet = mock.patch.dict(os.environ, PIPESIM_LOG="critical")  # their complaints are expected
+        with quiet, mock.patch("backends.processes.NURSERY", (__name__, name)):
+            yield
+    elif name in HEAD_DEFECTS:
+        _, owner, attribute, make = HEAD_DEFECTS[name]
+        with mock.patch.object(owner, attribute, make(getattr(owner, attribute))):
+            yield
+    else:
+        yield
+
+
+def _replace(owner: Any, name: str, make: Make) -> None:
+    setattr(owner, name, make(getattr(owner, name)))
+
+
+if __name__ == "__main__":
+    STAGE_DEFECTS[sys.argv.pop(1)][1]()
+    from backends.nursery import main
+
+    main()

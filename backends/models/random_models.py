@@ -57,8 +57,11 @@ def tiny_config(**changes: Any) -> dict[str, Any]:
     } | changes
 
 
-def random_weights(config: Mapping[str, Any], seed: int = 0) -> dict[str, torch.Tensor]:
-    """All weights that a model of this ``config`` has, by their names in a Hugging Face folder."""
+def random_weights(config: Mapping[str, Any], seed: int = 0, sharpness: float = 1.0) -> dict[str, torch.Tensor]:
+    """All weights that a model of this ``config`` has, by their names in a Hugging Face folder.
+
+    Logits have about ``sharpness`` as their standard deviation: with 1, no token is ever much more probable than others.
+    """
     generator = torch.Generator().manual_seed(seed)
     hidden, heads, kv = config["hidden_size"], config["num_attention_heads"], config["num_key_value_heads"]
     head_dim = config.get("head_dim", hidden // heads)
@@ -102,16 +105,16 @@ def random_weights(config: Mapping[str, Any], seed: int = 0) -> dict[str, torch.
             # Layers must outweigh the token that goes in, or its own embedding makes it the next one, too.
             for place in ("attention", "feedforward"):
                 weights[f"{prefix}post_{place}_layernorm.weight"] = 2.0 + norm()
-    weights["model.norm.weight"] = norm()
+    weights["model.norm.weight"] = sharpness * (norm() + offset) - offset
     if not config["tie_word_embeddings"]:
         weights["lm_head.weight"] = matrix(vocabulary, hidden)
     return weights
 
 
-def save_tiny(folder: Path, shards: int = 1, seed: int = 0, **changes: Any) -> Path:
+def save_tiny(folder: Path, shards: int = 1, seed: int = 0, sharpness: float = 1.0, **changes: Any) -> Path:
     """Writes a random model as a Hugging Face folder, in one file or in shards with an index."""
     config = tiny_config(**changes)
-    weights = random_weights(config, seed)
+    weights = random_weights(config, seed, sharpness)
     if shards == 1:
         return _save(folder, config, weights)
     folder.mkdir(parents=True, exist_ok=True)

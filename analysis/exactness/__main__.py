@@ -1,0 +1,58 @@
+"""``python -m analysis.exactness -o docs/exactness.md``: 2,000 combinations, about 20 minutes on two cores.
+
+What is finished stands in a journal beside the page's output: an interrupted campaign goes on where it was. After a
+change of the code, begin with a new journal.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from analysis.exactness.campaign import EQUAL, Outcome, run_campaign
+from analysis.exactness.combinations import PER_PIPELINE
+from analysis.exactness.mutations import DEFECTS, defect
+from analysis.exactness.page import page
+from pipesim.cli.common import check_outputs, diagnostic
+from pipesim.sweep.journal import Journal
+
+DEFECTIVE = [pipeline * PER_PIPELINE + each for pipeline in (2, 5, 8) for each in range(10)]
+"""Combinations that are run with defects."""
+
+
+def main() -> None:
+    """Runs what is not in the journal yet, and writes the page; exits with 1 if any text is another one."""
+    parser = argparse.ArgumentParser(prog="python -m analysis.exactness", description=__doc__.splitlines()[0])
+    parser.add_argument("--combinations", type=int, default=2000, metavar="N", help="run combinations 0 .. N-1")
+    parser.add_argument("--only", type=int, nargs="+", metavar="NUMBER", help="run these, whatever the journal says")
+    parser.add_argument("--journal", type=Path, default=Path("out/exactness.jsonl"), metavar="FILE")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the page, after runs with defects")
+    options = parser.parse_args()
+    check_outputs(options.output)
+    if options.only:
+        outcomes = run_campaign(options.only, Journal(), diagnostic)
+        for outcome in outcomes:
+            print(outcome)
+    else:
+        options.journal.parent.mkdir(parents=True, exist_ok=True)
+        with Journal.opened(options.journal) as journal:
+            outcomes = run_campaign(range(options.combinations), journal, diagnostic)
+            if options.output:
+                options.output.write_text(page(outcomes, _with_defects(journal)), encoding="utf-8")
+    bad = [outcome["number"] for outcome in outcomes if outcome["verdict"] != EQUAL]
+    diagnostic(f"{len(outcomes)} combinations, {len(bad)} bad{': ' if bad else ''}{' '.join(map(str, bad))}")
+    sys.exit(1 if bad else 0)
+
+
+def _with_defects(journal: Journal) -> dict[str, list[Outcome]]:
+    found = {}
+    for name in DEFECTS:
+        if name not in journal.finished:
+            with defect(name):
+                journal.add(name, {"outcomes": run_campaign(DEFECTIVE, Journal(), lambda _: None)})
+        found[name] = journal.finished[name]["outcomes"]
+        diagnostic(f"{name}: found in {sum(one['verdict'] != EQUAL for one in found[name])} of {len(found[name])}")
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""The campaign's page: what was combined, how much speculation that was, what was wrong, what defects it finds."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from analysis.exactness.campaign import EQUAL, Outcome
+from analysis.exactness.combinations import PER_PIPELINE, Combination, Setup, draw_combination, draw_setup
+from analysis.exactness.mutations import DEFECTS
+from analysis.pages import fill, markdown_table
+
+
+def page(outcomes: Sequence[Outcome], defective: Mapping[str, Sequence[Outcome]]) -> str:
+    """The page as Markdown."""
+    table = frame(outcomes)
+    bad = [outcome for outcome in outcomes if outcome["verdict"] != EQUAL]
+    fates: Counter[str] = sum((Counter(one.get("fates", {})) for one in outcomes), Counter())
+    spoken = ", ".join(f"{count} {fate}" for fate, count in fates.most_common())
+    ends = ", ".join(f"{count} by {end}" for end, count in Counter(table["end"]).most_common())
+    columns = ["setups", "combinations", "equal", "tokens", "distinct", "drafted", "accepted", "forks", "void"]
+    tables = "\n\n".join(markdown_table([by, *columns], _rows(table, by)) for by in ("family", "policy", "drafter"))
+    again = f"again with `python -m analysis.exactness --only {outcomes[-1]['number']}`" if outcomes else ""
+    return f"""# Exactness: no text ever changes
+
+{
+        fill(
+            f"{len(outcomes)} random combinations, **{len(outcomes) - len(bad)} of them with the text of plain decoding, token "
+            f"for token, and an event log that replays (I9)**; {len(bad)} bad. Each is a generation on a pipeline of processes over "
+            "gRPC, held against a plain loop in one process: prompt in chunks, then one row at a time, no scheduler, no cells but "
+            "its own."
+        )
+    }
+
+{_failures(bad)}{
+        fill(
+            "Combined at random: the policy with all its settings and switches; the drafter (n-gram, planted, "
+            "layer-skip, or a draft model: here the target's first layers); stages and their sizes; micro-batch, branches, bars of "
+            "confidence, partitions; KV cells, down to not one to spare; temperature, top-k, top-p, min-p, repetition penalty, seed; "
+            "the model's family, float32 or bfloat16; prompts of 1 to 200 tokens, many at the edge of a block; end tokens and stop "
+            f"strings. {PER_PIPELINE} combinations share a pipeline. Everything is a function of a combination's number: one alone "
+            f"runs {again}."
+        )
+    }
+
+## How much speculation that was
+
+{tables}
+
+{
+        fill(
+            "*setups*: different pipelines. *distinct*: different tokens per text, of its tokens: models are random, with six "
+            "layers, but the texts are not one token again and again. *drafted*: drafted tokens whose fate the text decided; "
+            "*accepted*: those that became text. *forks*: runs with several branches of two tokens and more. *void*: spans of "
+            "stages that broke off a cancelled run, or passed it on."
+        )
+    }
+
+{fill(f"Runs by their fate: {spoken}. Texts ended: {ends}.")}
+
+## What the campaign finds
+
+{
+        fill(
+            "The same campaign with a defect put in on purpose, in the stages' processes or in the head, on "
+            f"{len(next(iter(defective.values()), []))} combinations. Plain decoding stays as it is."
+        )
+    }
+
+{_defects(defective)}
+
+Bits of logits, not only texts, are compared in `tests/backends/test_exact.py`.
+
+Made by `python -m analysis.exactness -o docs/exactness.md`.
+"""
+
+
+def frame(outcomes: Iterable[Outcome]) -> pd.DataFrame:
+    """One line per outcome, with what was drawn."""
+    return pd.DataFrame([_line(outcome) for outcome in outcomes])
+
+
+def _line(outcome: Outcome) -> dict[str, Any]:
+    combination: Combination = draw_combination(outcome["number"])
+    setup: Setup = draw_setup(combination.pipeline)
+    kind = {"family": setup.family, "policy": combination.policy, "drafter": setup.drafter, "setup": setup.number}
+    return {**kind, "end": "an error", **dict.fromkeys(_COUNTED, 0), **outcome}
+
+
+_COUNTED = ("tokens", "distinct", "verified", "accepted", "forks", "void_spans")
+
+
+def _rows(table: pd.DataFrame, by: str) -> list[list[object]]:
+    rows = []
+    for name, part in table.groupby(by):
+        accepted, drafted = part["accepted"].sum(), part["verified"].sum()
+        rows.append(
+            [
+                name,
+                part["setup"].nunique(),
+                len(part),
+                (part["verdict"] == EQUAL).sum(),
+                part["tokens"].sum(),
+                f"{part['distinct'].sum() / max(1, part['tokens'].sum()):.0%}",
+                drafted,
+                f"{accepted / drafted:.0%}" if drafted else "-",
+                part["forks"].sum(),
+                part["void_spans"].sum(),
+            ]
+        )
+    return rows
+
+
+def _failures(bad: Sequence[Outcome]) -> str:
+    if not bad:
+        return ""
+    rows = [[outcome["number"], outcome["verdict"].replace("\n", " ")[:120]] for outcome in bad]
+    return markdown_table(["combination", "what was wrong"], rows) + "\n\n"
+
+
+def _defects(defective: Mapping[str, Sequence[Outcome]]) -> str:
+    rows = []
+    for name, outcomes in defective.items():
+        found = [outcome["verdict"] for outcome in outcomes if outcome["verdict"] != EQUAL]
+        texts = sum("text" in verdict for verdict in found)
+        rows.append([f"{name}: {DEFECTS[name]}", len(found), texts, len(found) - texts])
+    return markdown_table(["defect", "found in", "another text", "stopped by a check"], rows)

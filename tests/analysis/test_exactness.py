@@ -1,0 +1,73 @@
+"""A part of the exactness campaign, and whether it can fail. The whole: ``python -m analysis.exactness``."""
+
+from pathlib import Path
+
+import pytest
+
+from analysis.exactness.campaign import EQUAL, Outcome, run_campaign
+from analysis.exactness.combinations import DRAFTERS, DTYPES, PER_PIPELINE, STAGES, draw_combination, draw_setup
+from analysis.exactness.mutations import DEFECTS, defect
+from analysis.exactness.page import frame, page
+from backends.models.random_models import FAMILY_CONFIGS
+from pipesim.sweep.journal import Journal
+
+PIPELINES = (3, 4, 5, 6, 7, 8, 12)
+EACH = 6
+NUMBERS = [pipeline * PER_PIPELINE + number for pipeline in PIPELINES for number in range(2, 2 + EACH)]
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> list[Outcome]:
+    return run_campaign(NUMBERS, Journal(), lambda _: None)
+
+
+def test_the_part_that_is_run_here_has_something_of_everything() -> None:
+    setups = [draw_setup(pipeline) for pipeline in PIPELINES]
+    assert {setup.family for setup in setups} == set(FAMILY_CONFIGS)
+    assert {setup.drafter for setup in setups} == set(DRAFTERS)
+    assert {setup.dtype for setup in setups} == set(DTYPES)
+    assert {len(setup.layers) for setup in setups} >= {STAGES[0], STAGES[-1]}
+
+
+@pytest.mark.timeout(240)
+def test_every_text_is_plain_decodings_and_every_log_replays(outcomes: list[Outcome]) -> None:
+    assert [one for one in outcomes if one["verdict"] != EQUAL] == []
+    assert [one["number"] for one in outcomes] == NUMBERS
+
+
+def test_texts_are_no_monotony_and_speculation_was_at_work(outcomes: list[Outcome]) -> None:
+    table = frame(outcomes)
+    assert table["tokens"].sum() > 500
+    assert table["distinct"].sum() > 0.3 * table["tokens"].sum()
+    assert table["accepted"].sum() > 100
+    assert table["verified"].sum() > 1.2 * table["accepted"].sum(), "rejected drafts matter as much"
+    assert table["forks"].sum() > 50
+    assert table["void_spans"].sum() > 50
+    assert {"length", "stop string"} <= set(table["end"])
+
+
+def test_a_combination_is_a_function_of_its_number() -> None:
+    assert [draw_combination(number) for number in range(50)] == [draw_combination(number) for number in range(50)]
+    assert len({repr(draw_combination(number)) for number in range(50)}) == 50
+
+
+@pytest.mark.parametrize("name", ["wrong position", "no verification"])
+def test_the_campaign_finds_a_defect(name: str) -> None:
+    with defect(name):
+        found = run_campaign(NUMBERS[12:18], Journal(), lambda _: None)
+    assert any("another text" in one["verdict"] for one in found)
+
+
+def test_what_is_in_the_journal_is_not_run_again_and_the_page_tells_all(
+    outcomes: list[Outcome], tmp_path: Path
+) -> None:
+    with Journal.opened(tmp_path / "journal.jsonl") as journal:
+        first = run_campaign(NUMBERS[:1], journal, lambda _: None)
+    told: list[str] = []
+    with Journal.opened(tmp_path / "journal.jsonl") as journal:
+        assert run_campaign(NUMBERS[:1], journal, told.append) == first
+    assert not told
+    broken = [{**outcomes[0], "verdict": "another text from token 3 on"}, *outcomes[1:]]
+    text = page(broken, dict.fromkeys(DEFECTS, outcomes[:2]))
+    assert f"| {NUMBERS[0]} | another text from token 3 on |" in text
+    assert "smollm2" not in text
