@@ -192,7 +192,7 @@ def run_campaign(numbers: Iterable[int], journal: Journal, progress: Callable[[s
 def run_on_one_pipeline(
     setup: Setup, combinations: Sequence[Combination], folder: Path
 ) -> Iterator[tuple[Combination, Outcome]]:
-    """Each combination with its outcome; what breaks the pipeline is an outcome, and the others go on with a new one."""
+    """Each combination with its outcome; one that breaks the pipeline has its own; the others get a new one."""
     torch.set_num_threads(1)
     rig = Rig(setup, folder)
     left = [(combination, rig.expected(combination)) for combination in combinations]

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
-from pipesim.scheduling import scheduler
+from pipesim.scheduling import generation
 from pipesim.scheduling.cells import CellTable
 from pipesim.scheduling.generation import Generation
 from pipesim.scheduling.runs import Run, RunKind
@@ -119,7 +119,7 @@ def _unverified(advance: Any) -> Any:
 
 def _stale_cells(release: Any) -> Any:
     def mutated(self: Generation, run: InFlightRun) -> None:
-        with mock.patch.object(self, "queue", lambda operation: None):
+        with mock.patch.object(self, "queue"):
             release(self, run)
 
     return mutated
@@ -127,7 +127,7 @@ def _stale_cells(release: Any) -> Any:
 
 STAGE_DEFECTS: dict[str, tuple[str, Callable[[], None]]] = {
     "wrong position": (
-        "the last row of a drafted run is computed as if it stood one position earlier",
+        "the last row of a drafted run is computed one position too early",
         _wrong_position,
     ),
     "leaked cell": ("a row sees the newest cell of each position before its own, on whatever branch", _leaked_cell),
@@ -139,7 +139,7 @@ STAGE_DEFECTS: dict[str, tuple[str, Callable[[], None]]] = {
 """Defects of stages by name: in words, and what brings them about in a stage's process."""
 
 HEAD_DEFECTS: dict[str, tuple[str, Any, str, Make]] = {
-    "no verification": ("a drafted token is text, whatever the target says", scheduler, "advance", _unverified),
+    "no verification": ("a drafted token is text, whatever the target says", generation, "advance", _unverified),
     "stale cells": ("a run's cells outlive it in its sequences", Generation, "release_partition", _stale_cells),
 }
 """Defects of the head by name: in words, and what is replaced by what."""
@@ -152,7 +152,7 @@ DEFECTS = {name: words for name, (words, *_) in (STAGE_DEFECTS | HEAD_DEFECTS).i
 def defect(name: str | None) -> Iterator[None]:
     """Pipelines that start within have the defect ``name``, if any."""
     if name in STAGE_DEFECTS:
-        quiet = mock.patch.dict(os.environ, PIPESIM_LOG="critical")  # their complaints are expected
+        quiet = mock.patch.dict(os.environ, PIPESIM_LOG="error")  # their complaints are expected
         with quiet, mock.patch("backends.processes.NURSERY", (__name__, name)):
             yield
     elif name in HEAD_DEFECTS:

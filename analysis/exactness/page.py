@@ -22,58 +22,36 @@ def page(outcomes: Sequence[Outcome], defective: Mapping[str, Sequence[Outcome]]
     columns = ["setups", "combinations", "equal", "tokens", "distinct", "drafted", "accepted", "forks", "void"]
     tables = "\n\n".join(markdown_table([by, *columns], _rows(table, by)) for by in ("family", "policy", "drafter"))
     again = f"again with `python -m analysis.exactness --only {outcomes[-1]['number']}`" if outcomes else ""
-    return f"""# Exactness: no text ever changes
-
-{
-        fill(
-            f"{len(outcomes)} random combinations, **{len(outcomes) - len(bad)} of them with the text of plain decoding, token "
-            f"for token, and an event log that replays (I9)**; {len(bad)} bad. Each is a generation on a pipeline of processes over "
-            "gRPC, held against a plain loop in one process: prompt in chunks, then one row at a time, no scheduler, no cells but "
-            "its own."
-        )
-    }
-
-{_failures(bad)}{
-        fill(
-            "Combined at random: the policy with all its settings and switches; the drafter (n-gram, planted, "
-            "layer-skip, or a draft model: here the target's first layers); stages and their sizes; micro-batch, branches, bars of "
-            "confidence, partitions; KV cells, down to not one to spare; temperature, top-k, top-p, min-p, repetition penalty, seed; "
-            "the model's family, float32 or bfloat16; prompts of 1 to 200 tokens, many at the edge of a block; end tokens and stop "
-            f"strings. {PER_PIPELINE} combinations share a pipeline. Everything is a function of a combination's number: one alone "
-            f"runs {again}."
-        )
-    }
-
-## How much speculation that was
-
-{tables}
-
-{
-        fill(
-            "*setups*: different pipelines. *distinct*: different tokens per text, of its tokens: models are random, with six "
-            "layers, but the texts are not one token again and again. *drafted*: drafted tokens whose fate the text decided; "
-            "*accepted*: those that became text. *forks*: runs with several branches of two tokens and more. *void*: spans of "
-            "stages that broke off a cancelled run, or passed it on."
-        )
-    }
-
-{fill(f"Runs by their fate: {spoken}. Texts ended: {ends}.")}
-
-## What the campaign finds
-
-{
-        fill(
-            "The same campaign with a defect put in on purpose, in the stages' processes or in the head, on "
-            f"{len(next(iter(defective.values()), []))} combinations. Plain decoding stays as it is."
-        )
-    }
-
-{_defects(defective)}
-
-Bits of logits, not only texts, are compared in `tests/backends/test_exact.py`.
-
-Made by `python -m analysis.exactness -o docs/exactness.md`.
-"""
+    good = len(outcomes) - len(bad)
+    again = f"`python -m analysis.exactness --only {outcomes[-1]['number']}`"
+    tables = [markdown_table([by, *columns], _rows(table, by)) for by in ("family", "policy", "drafter")]
+    parts = [
+        "# Exactness: no text ever changes",
+        f"{len(outcomes)} random combinations, **{good} of them with the text of plain decoding, token for token, and "
+        f"an event log that replays (I9)**; {len(bad)} bad. Each is a generation on a pipeline of processes over gRPC, "
+        "held against a plain loop in one process: prompt in chunks, then one row at a time, no scheduler.",
+        *_failures(bad),
+        "Combined at random: the policy with all its settings and switches; the drafter (n-gram, planted, layer-skip, "
+        "or a draft model: here the target's first layers); stages and their sizes; micro-batch, branches, bars of "
+        "confidence, partitions; KV cells, down to not one to spare; temperature, top-k, top-p, min-p, repetition "
+        "penalty, seed; the model's family, float32 or bfloat16; prompts of 1 to 200 tokens, many at the edge of a "
+        f"block; end tokens and stop strings. {PER_PIPELINE} combinations share a pipeline. All is a function of a "
+        f"combination's number: {again} runs one alone.",
+        "## How much speculation that was",
+        *tables,
+        "*setups*: different pipelines. *distinct*: different tokens of a text, of its tokens: models are random, but "
+        "their texts are not one token again and again. *drafted*: drafted tokens whose fate the text decided; "
+        "*accepted*: those that became text. *forks*: runs with several branches of two tokens and more. *void*: spans "
+        "of stages that broke off a cancelled run, or passed it on.",
+        f"Runs by their fate: {spoken}. Texts ended: {ends}.",
+        "## What the campaign finds",
+        "The same with a defect put in on purpose, in the stages' processes or in the head, on "
+        f"{len(next(iter(defective.values())))} combinations. Plain decoding stays as it is.",
+        _defects(defective),
+        "Bits of logits, not only texts, are compared in `tests/backends/test_exact.py`.",
+        "Made by `python -m analysis.exactness -o docs/exactness.md`.",
+    ]
+    return "\n\n".join(part if part.startswith("|") else fill(part) for part in parts) + "\n"
 
 
 def frame(outcomes: Iterable[Outcome]) -> pd.DataFrame:
@@ -112,11 +90,9 @@ def _rows(table: pd.DataFrame, by: str) -> list[list[object]]:
     return rows
 
 
-def _failures(bad: Sequence[Outcome]) -> str:
-    if not bad:
-        return ""
+def _failures(bad: Sequence[Outcome]) -> list[str]:
     rows = [[outcome["number"], outcome["verdict"].replace("\n", " ")[:120]] for outcome in bad]
-    return markdown_table(["combination", "what was wrong"], rows) + "\n\n"
+    return [markdown_table(["combination", "what was wrong"], rows)] if bad else []
 
 
 def _defects(defective: Mapping[str, Sequence[Outcome]]) -> str:

@@ -60,7 +60,7 @@ def tiny_config(**changes: Any) -> dict[str, Any]:
 def random_weights(config: Mapping[str, Any], seed: int = 0, sharpness: float = 1.0) -> dict[str, torch.Tensor]:
     """All weights that a model of this ``config`` has, by their names in a Hugging Face folder.
 
-    Logits have about ``sharpness`` as their standard deviation: with 1, no token is ever much more probable than others.
+    Logits have about ``sharpness`` as their standard deviation: with 1, no token is much more probable than others.
     """
     generator = torch.Generator().manual_seed(seed)
     hidden, heads, kv = config["hidden_size"], config["num_attention_heads"], config["num_key_value_heads"]
