@@ -68,7 +68,7 @@ def random_weights(config: Mapping[str, Any], seed: int = 0, sharpness: float = 
     inner, vocabulary = config["intermediate_size"], config["vocab_size"]
 
     def matrix(outputs: int, inputs: int) -> torch.Tensor:
-        return torch.randn(outputs, inputs, generator=generator) * inputs**-0.5
+        return float(inputs**-0.5) * torch.randn(outputs, inputs, generator=generator)
 
     family = config["model_type"]
     offset = 1.0 if family == "gemma3_text" else 0.0
@@ -120,7 +120,7 @@ def save_tiny(folder: Path, shards: int = 1, seed: int = 0, sharpness: float = 1
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     names = sorted(weights)
-    index = {}
+    index: dict[str, str] = {}
     for shard in range(shards):
         file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
         part = {name: weights[name] for name in names[shard::shards]}
