@@ -114,8 +114,9 @@ class KvCache:
     ) -> None:
         shape = (len(kinds), -(-cells // BLOCK) + spare_blocks, config.kv_heads, BLOCK, config.head_dim)
         # Zeros, not whatever memory held: masked cells meet a weight of zero, and zero times NaN is NaN.
-        self.keys = torch.zeros(shape, device=place)
-        self.values = torch.zeros(shape, device=place)
+        # Written at once: pages that are touched as the text reaches them would make memory grow with it.
+        self.keys = torch.empty(shape, device=place).zero_()
+        self.values = torch.empty(shape, device=place).zero_()
         self.rotary = {kind: rotary_tables(kind, config.head_dim, cells, place) for kind in dict.fromkeys(kinds)}
 
 
