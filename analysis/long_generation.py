@@ -69,6 +69,7 @@ class Measured:
     samples: tuple[Sample, ...]
     stage_ms: tuple[tuple[int, float], ...]
     bare_ms: tuple[tuple[int, float], ...]
+    temperature: float
 
 
 def memory_mib(pid: int) -> float:
@@ -134,7 +135,8 @@ async def measure(model: str, dtype: str, new_tokens: int | None, temperature: f
     lengths = sorted({*range(0, total, max(1, total // 8)), total - 1} - {0})
     whole = StageModel(source, 0, source.config.layers, getattr(torch, dtype))
     bare = tuple((length, bare_forward_ms(whole, length, total + 1)) for length in lengths)
-    return Measured(model, dtype, len(prompt), trace, tuple(samples), stage_times(trace, len(prompt)), bare)
+    times = stage_times(trace, len(prompt))
+    return Measured(model, dtype, len(prompt), trace, tuple(samples), times, bare, temperature)
 
 
 def stage_times(trace: Trace, prompt: int) -> tuple[tuple[int, float], ...]:
@@ -202,6 +204,7 @@ def draw(all_measured: Sequence[Measured], file: Path) -> None:
             speed.plot(ends, rates, "o-", color=CYCLE[0])
             speed.set(ylabel="tokens/s", ylim=(0, None), title="speed (dots), acceptance (dashes)")
             right = speed.twinx()
+            right.grid(visible=False)
             right.plot(ends, accepted, "--", color=CYCLE[1])
             right.set(ylim=(0, 1.02), ylabel="accepted of drafted")
             lengths, times = zip(*measured.stage_ms, strict=True)
@@ -237,7 +240,7 @@ def page(all_measured: Sequence[Measured], figure: str) -> str:
         "# Long generations",
         "One request each, two stages and an n-gram drafter as processes on one machine "
         f"({platform.machine()}, {os.cpu_count()} cores, shared with other work meanwhile), policy pipeinfer, one "
-        "thread per stage, end tokens ignored, the most probable token each time.",
+        f"thread per stage, end tokens ignored, sampled at temperature {all_measured[0].temperature:g}.",
         f"![memory, speed and stage time]({figure})",
         markdown_table(titles, speeds),
         "*by quarter*: tokens/s in each quarter of the time. *bare pass*: one row through the whole model in one "
@@ -265,7 +268,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, help="so many with each model, for a trial")
     parser.add_argument("--models", nargs="+", default=[GEMMA, DEFAULT_MODEL])
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 soon repeats itself for ever")
     options = parser.parse_args()
     check_outputs(options.output)
     lengths = {GEMMA: 10_240}
