@@ -12,7 +12,7 @@ from analysis.exactness.campaign import EQUAL, Outcome, run_campaign
 from analysis.exactness.combinations import PER_PIPELINE
 from analysis.exactness.mutations import DEFECTS, defect
 from analysis.exactness.page import page
-from pipesim.cli.common import check_outputs, diagnostic
+from pipesim.cli.common import INTERRUPTED, check_outputs, diagnostic
 from pipesim.sweep.journal import Journal
 
 DEFECTIVE = [pipeline * PER_PIPELINE + each for pipeline in (2, 5, 8) for each in range(10)]
@@ -55,4 +55,8 @@ def _with_defects(journal: Journal) -> dict[str, list[Outcome]]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        diagnostic("interrupted: the same command goes on")
+        sys.exit(INTERRUPTED)

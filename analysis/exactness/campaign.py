@@ -7,7 +7,7 @@ import json
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -54,6 +54,9 @@ _TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 Outcome = dict[str, Any]
 """What became of one combination: ``verdict`` (equal, or what was wrong) and figures of its trace."""
+
+Done = Callable[[Combination, Outcome], None]
+"""Hears an outcome as soon as it is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,39 +184,41 @@ def run_campaign(numbers: Iterable[int], journal: Journal, progress: Callable[[s
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         for pipeline, members in groupby(left, key=lambda combination: combination.pipeline):
-            began, bad = time.monotonic(), 0
-            for combination, outcome in run_on_one_pipeline(draw_setup(pipeline), list(members), folder):
+            began, verdicts = time.monotonic(), list[str]()
+
+            def done(combination: Combination, outcome: Outcome, verdicts: list[str] = verdicts) -> None:
                 journal.add(keys[combination.number], outcome)
-                bad += outcome["verdict"] != EQUAL
+                verdicts.append(outcome["verdict"])
+
+            run_on_one_pipeline(draw_setup(pipeline), list(members), folder, done)
+            bad = len(verdicts) - verdicts.count(EQUAL)
             progress(f"{_describe(draw_setup(pipeline))}: {bad} bad, {time.monotonic() - began:.0f} s")
     return [{"number": number, **journal.finished[key]} for number, key in keys.items()]
 
 
-def run_on_one_pipeline(
-    setup: Setup, combinations: Sequence[Combination], folder: Path
-) -> Iterator[tuple[Combination, Outcome]]:
-    """Each combination with its outcome; one that breaks the pipeline has its own; the others get a new one."""
+def run_on_one_pipeline(setup: Setup, combinations: Sequence[Combination], folder: Path, done: Done) -> None:
+    """Tells ``done`` each outcome at once; a combination that breaks the pipeline has its own, the others a new one."""
     torch.set_num_threads(1)
-    rig = Rig(setup, folder)
-    left = [(combination, rig.expected(combination)) for combination in combinations]
+    rig, left = Rig(setup, folder), list(combinations)
     while left:
-        outcomes = asyncio.run(_until_it_breaks(rig, left))
-        yield from ((combination, outcome) for (combination, _), outcome in zip(left, outcomes, strict=False))
-        left = left[len(outcomes) :]
+        left = left[asyncio.run(_until_it_breaks(rig, left, done)) :]
 
 
-async def _until_it_breaks(rig: Rig, work: Sequence[tuple[Combination, Expected]]) -> list[Outcome]:
-    outcomes: list[Outcome] = []
+async def _until_it_breaks(rig: Rig, work: Sequence[Combination], done: Done) -> int:
+    """How many it ran."""
+    ran = 0
     try:
         async with running_pipeline(rig.plan()) as pipeline:
-            for combination, expected in work:
-                began = time.monotonic()
+            for combination in work:
+                expected, began = rig.expected(combination), time.monotonic()
                 outcome = await generate(pipeline, rig, combination, expected)
-                outcomes.append({**outcome, "seconds": round(time.monotonic() - began, 3)})
+                done(combination, {**outcome, "seconds": round(time.monotonic() - began, 3)})
+                ran += 1
     except Exception as error:
-        if len(outcomes) < len(work):
-            outcomes.append({"verdict": f"{type(error).__name__}: {error}"})
-    return outcomes
+        if ran < len(work):
+            done(work[ran], {"verdict": f"{type(error).__name__}: {error}"})
+            ran += 1
+    return ran
 
 
 def journal_key(combination: Combination) -> str:
