@@ -1,5 +1,6 @@
 """A token's logits are bit for bit the same, whichever run computes it: the promise behind equal text."""
 
+import dataclasses
 import itertools
 import random
 import time
@@ -149,6 +150,41 @@ def test_logits_do_not_depend_on_the_stage_split(
     assert [stage.is_last for stage in stages] == [False] * (len(stages) - 1) + [True]
     alone = one_row_at_a_time([whole], tokens[:130], tokens[130:])
     assert torch.equal(alone, micro_batches(stages, tokens[:130], tokens[130:], [4, 8, 8], 3, 5))
+
+
+def recovered(stages: Sequence[StageModel], prompt: list[int], path: list[int], lost_after: int) -> torch.Tensor:
+    """A pipeline that is lost after ``lost_after`` tokens: what is known fills empty cells, text as decode rows."""
+    first = Chain(stages, CELLS)
+    rows = [first.logits(run) for run in prefill_runs(prompt, EVERYONE)]
+    for i, token in enumerate(path[:lost_after]):
+        rows.append(first.logits(Run(1000 + i, 0, RunKind.CANONICAL, (token,), (len(prompt) + i,), (EVERYONE,))))
+    first.close()
+    second = Chain(stages, CELLS)
+    for run in prefill_runs(prompt, EVERYONE):
+        second.logits(dataclasses.replace(run, first_output_row=run.rows))
+    for start in range(0, lost_after, 64):
+        tokens = tuple(path[start : min(start + 64, lost_after)])
+        at = tuple(range(len(prompt) + start, len(prompt) + start + len(tokens)))
+        second.logits(Run(2000 + start, 1, RunKind.CANONICAL, tokens, at, (EVERYONE,) * len(tokens)))
+    for i, token in enumerate(path[lost_after:], lost_after):
+        rows.append(second.logits(Run(3000 + i, 1, RunKind.CANONICAL, (token,), (len(prompt) + i,), (EVERYONE,))))
+    second.close()
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILY_CONFIGS)
+def test_logits_depend_on_no_run_no_split_and_no_recovery_in_any_dtype(
+    sources: dict[str, ModelSource], family: str, dtype: torch.dtype
+) -> None:
+    whole = StageModel(sources[family], 0, 4, dtype)
+    stages = [StageModel(sources[family], first, last, dtype) for first, last in [(0, 1), (1, 3), (3, 4)]]
+    tokens = text(70 + 90, 160)
+    alone = one_row_at_a_time([whole], tokens[:70], tokens[70:])
+    assert len(alone.unique(dim=0)) == len(alone), "rows that are all alike prove nothing"
+    assert torch.equal(alone, micro_batches(stages, tokens[:70], tokens[70:], [1, 9, 16, 5, 32, 27], 3, 5))
+    for lost_after in (17, 70):
+        assert torch.equal(alone, recovered(stages, tokens[:70], tokens[70:], lost_after))
 
 
 @pytest.mark.parametrize("length", [1, 62, 63, 64, 65, 127, 128, 129, 191, 256, 600])
