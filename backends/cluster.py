@@ -266,7 +266,11 @@ class Assembly:
             if self._nursery is None:
                 plan = self._plan
                 preload = any(part.address is None for part in plan.stages)
-                self._nursery = await Nursery.start(preload or (plan.drafter is not None and plan.drafter.is_model))
+                preload = preload or (plan.drafter is not None and plan.drafter.is_model)
+                try:
+                    self._nursery = await Nursery.start(preload)
+                except OSError as error:
+                    raise StageFailedError(f"this machine cannot start another process ({error})") from error
         return await self._nursery.spawn(count)
 
     def _stage(self, index: int, place: NodeProcess | str) -> Node:

@@ -43,6 +43,11 @@ class ComputeLoop:
         if self._idle:
             self._loop.stop()
 
+    @property
+    def waiting(self) -> int:
+        """How many jobs have not begun."""
+        return len(self._jobs)
+
     def checkpoint(self) -> None:
         """Called by a job: what has arrived meanwhile is handled, and answered, before the job goes on."""
         if self._news.poll(0):

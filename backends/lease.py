@@ -27,8 +27,9 @@ from backends.control import (
 )
 from backends.frames import Frame, FrameError, encode
 from backends.logs import event, name_node
+from backends.outbox import MAX_WAITING, Outbox
 from backends.transport import DATA, describe_rpc_error, open_channel, path
-from pipesim.errors import BadInputError, PipesimError
+from pipesim.errors import BadInputError, PipesimError, StageFailedError
 
 if TYPE_CHECKING:
     from backends.stage_worker import Layers, StageWorker
@@ -94,7 +95,7 @@ class Passage:
     """
 
     def __init__(self) -> None:
-        self.outgoing: asyncio.Queue[bytes | None] = asyncio.Queue()
+        self.outgoing = Outbox[bytes | None]("what comes after this stage")
         self.has_predecessor = False
         self.link: asyncio.Task[None] | None = None
 
@@ -102,7 +103,8 @@ class Passage:
         """Hangs up."""
         if self.link:
             self.link.cancel()
-        self.outgoing.put_nowait(None)
+        with contextlib.suppress(StageFailedError):  # full: nobody reads what we say
+            self.outgoing.put_nowait(None)
 
 
 class StageLease(Lease):
@@ -161,7 +163,9 @@ class StageLease(Lease):
         self.compute.submit(forget, self.fail)
 
     def receive(self, frame: Frame, received_bytes: int) -> None:
-        """Queues one frame from the predecessor."""
+        """Queues one frame from the predecessor. Raises FrameError if it sends more than may ever be in flight."""
+        if self.compute.waiting >= MAX_WAITING:
+            raise FrameError(f"{MAX_WAITING} frames wait here: the sender does not heed what may be in flight")
         passage = self.passage
         self.compute.submit(lambda: self._compute(passage, frame, received_bytes), self.fail)
 

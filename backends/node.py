@@ -27,6 +27,7 @@ from backends.control import (
 )
 from backends.frames import FrameError
 from backends.logs import event
+from backends.outbox import Outbox
 from backends.processes import NodeProcess
 from backends.transport import CONTROL, describe_rpc_error, open_channel, path
 from pipesim.errors import BadInputError, PipesimError, StageFailedError
@@ -70,7 +71,7 @@ class Node:
         self.ready = False
         self.watched = False
         self._on_failure, self._on_link_lost = on_failure, on_link_lost
-        self._outbox: asyncio.Queue[bytes] = asyncio.Queue()
+        self._outbox = Outbox[bytes](name)
         self._call: grpc.aio.StreamStreamCall | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._reply: asyncio.Future[None] = asyncio.get_running_loop().create_future()

@@ -23,6 +23,7 @@ from backends.control import (
 from backends.frames import TOKEN_BYTES, Frame, FrameError, Session, decode, encode
 from backends.logs import event
 from backends.node import Node
+from backends.outbox import Outbox
 from backends.transport import DATA, DRAFT, RESULTS, describe_rpc_error, path
 from pipesim.errors import PipesimError, StageFailedError
 
@@ -53,7 +54,8 @@ class Mender(Protocol):
 class Pipeline:
     """Stages in order and maybe a drafter, with the head's own streams to them.
 
-    ``inbox`` holds the news in order of arrival. A broken pipeline (``failure`` says why) carries nothing until
+    ``inbox`` holds the news in order of arrival: no more than answers to what the scheduler allows to be in flight, for
+    the boxes of what is sent are bounded. A broken pipeline (``failure`` says why) carries nothing until
     :meth:`restore`; what its error in the inbox says is out of date once ``failure`` is another one. ``attempts`` is
     how often in a row that should be tried, 0 without a ``mender``.
     """
@@ -70,8 +72,8 @@ class Pipeline:
         self._down_until = float("-inf")
         self._sessions = 0
         self._linked = True
-        self._frames: asyncio.Queue[bytes] = asyncio.Queue()
-        self._orders: asyncio.Queue[bytes] = asyncio.Queue()
+        self._frames = Outbox[bytes]("the first stage")
+        self._orders = Outbox[bytes]("the drafter")
         self._links: list[asyncio.Task[None]] = []
         self._drafts: list[asyncio.Task[None]] = []
         self._mending: asyncio.Task[None] | None = None
@@ -120,7 +122,7 @@ class Pipeline:
         """Ends the streams to the stages; whatever was or will be said about links up to :meth:`connect` is void."""
         self._linked = False
         self.token = secrets.token_bytes(TOKEN_BYTES)
-        self._frames = asyncio.Queue()
+        self._frames = Outbox("the first stage")
         for timer in self._grace:
             timer.cancel()
         self._grace.clear()
@@ -129,9 +131,12 @@ class Pipeline:
     async def connect_drafter(self, token: bytes) -> None:
         """Opens the draft stream to a drafter that was configured with ``token``."""
         assert self.drafter
-        self._orders = asyncio.Queue()
+        self._orders = Outbox(self.drafter.name)
         orders = self.drafter.channel.stream_stream(path(DRAFT))()
-        await orders.write(token)
+        try:
+            await orders.write(token)
+        except (grpc.RpcError, asyncio.InvalidStateError) as error:
+            raise self.drafter.failure or self.drafter.as_error(f"takes no orders ({error})") from error
         streams = (self._write(orders, self._orders), self._read_drafts(orders, self.drafter))
         self._drafts = [asyncio.create_task(stream) for stream in streams]
 
@@ -182,6 +187,13 @@ class Pipeline:
     def not_restored_before(self, moment: float) -> None:
         """:meth:`restore` waits at least until then, on the clock ``time.monotonic()``: a modelled outage."""
         self._down_until = max(self._down_until, moment)
+
+    async def drafter_at_work(self) -> None:
+        """Waits for a drafter that is being replaced. Raises StageFailedError if there is none in the end."""
+        if self._mending:
+            await asyncio.wait((self._mending,))
+        if not self.drafter or self.drafter.failure:
+            raise (self.drafter and self.drafter.failure) or StageFailedError("the pipeline has no drafter")
 
     def replace_drafter(self) -> None:
         """Replaces a lost drafter in the background; ``DrafterBack`` tells of success, a warning of failure."""

@@ -100,15 +100,15 @@ class NodeServer:
                     # The token first: nobody else may keep the event loop busy with the rest of a frame.
                     lease = await self._lease_for(StageLease, peek_token(data), context)
                     frame = decode(data)
+                    if passage is None:
+                        if lease.passage.has_predecessor:
+                            await _refuse(context, _Code.FAILED_PRECONDITION, "this stage has a predecessor already")
+                        passage = lease.passage
+                        passage.has_predecessor = True
+                    lease.receive(frame, len(data))
                 except FrameError as error:
-                    reason = f"malformed frame: {error}"
+                    reason = f"refused a frame: {error}"
                     await _refuse(context, _Code.INVALID_ARGUMENT, str(error))
-                if passage is None:
-                    passage = lease.passage
-                    if passage.has_predecessor:
-                        await _refuse(context, _Code.FAILED_PRECONDITION, "this stage has a predecessor already")
-                    passage.has_predecessor = True
-                lease.receive(frame, len(data))
         except asyncio.CancelledError:
             reason = "the predecessor is gone"
             raise

@@ -14,6 +14,7 @@ from tiny_models import save_tiny
 from backends.models.loading import open_model
 from backends.models.stage_model import StageModel
 from backends.node import Node
+from backends.probing import Prober
 from backends.reference import generate_in_one_process
 from backends.sampling import Sampling
 from pipesim.event_log import replay_log
@@ -113,6 +114,15 @@ def test_a_lost_drafter_is_replaced_while_the_text_goes_on(
 ) -> None:
     for policy in ("speculative", "pipeinfer"):
         check(pipeline, expected, policy, {8: lambda: kill(pipeline.pipeline.drafter)}, tmp_path)
+
+
+def test_what_asks_for_drafts_next_waits_for_the_new_drafter(
+    pipeline: RunningPipeline, expected: list[int], tmp_path: Path
+) -> None:
+    check(pipeline, expected, "pipeinfer", {20: lambda: kill(pipeline.pipeline.drafter)}, tmp_path)
+    drafts = Prober(pipeline.pipeline, PROMPT).drafts(tuple(PROMPT), tuple(expected), SAMPLED, None)
+    candidates, _ = pipeline.wait(drafts)
+    assert len(candidates) == NEW_TOKENS
 
 
 def test_a_nursery_that_dies_takes_all_along_and_all_are_replaced(

@@ -277,6 +277,42 @@ def test_a_void_frame_passes_through_in_order() -> None:
     on_a_stage(test)
 
 
+def test_a_sender_that_heeds_no_bound_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("backends.lease.MAX_WAITING", 8)
+
+    async def test(head: TestHead) -> None:
+        await head.send(a_run(0))
+        await head.layers.entered_a_layer()
+        for number in range(1, 10):
+            await head.send(a_run(number))
+        lost = await head.hear()
+        assert isinstance(lost, LinkLost)
+        assert "8 frames wait here" in lost.reason
+        assert head.layers.admitted == [0]
+
+    on_a_stage(test)
+
+
+def test_a_successor_that_never_reads_is_an_error_and_not_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("backends.outbox.MAX_WAITING", 8)
+
+    async def test() -> None:
+        async with serving() as head:
+            await head.say(ConfigureStage(TOKEN, 0, "stub", "", 0, LAYERS, "float32", 1))
+            assert isinstance(await head.hear(), Ready)
+            await head.say(Connect(None))
+            assert isinstance(await head.hear(), Connected)
+            head.layers.let_through(50)
+            await head.send(OpenFrame(SESSION, 50, 1, Sampling()))
+            for number in range(8):
+                await head.send(a_run(number))
+            failed = await head.hear()
+            assert isinstance(failed, Failed)
+            assert "does not read: 8 messages wait for it" in failed.message
+
+    asyncio.run(test())
+
+
 def test_release_closes_the_session_and_comes_home() -> None:
     async def test(head: TestHead) -> None:
         await head.send(ReleaseFrame(SESSION))
