@@ -77,11 +77,20 @@ class Head:
             StageFailedError: a stage or the drafter was lost, and cannot be replaced; the pipeline is of no use any
                 more.
         """
-        pipeline, scheduler = self._pipeline, self._recorder.scheduler
+        pipeline = self._pipeline
         self._sampling, self._planted = sampling, planted
         if pipeline.failure:  # it broke after the last generation had all its tokens
             await self._restore(pipeline.failure)
-            self._session = pipeline.new_session()
+            self._session = pipeline.renewed(self._session, epoch=0)
+        if pipeline.drafter and pipeline.drafter.failure:
+            self._lose_drafter(pipeline.drafter.failure)
+        try:
+            await self._run(started)
+        finally:
+            pipeline.forget(self._session)
+
+    async def _run(self, started: GenerationStarted) -> None:
+        scheduler = self._recorder.scheduler
         commands = self._recorder.handle(started, time.monotonic())
         self._open()
         self._tell_drafter()
@@ -100,7 +109,7 @@ class Head:
             self._order(EndText(self._session.number))
 
     async def _next_event(self) -> Event | None:
-        news = await self._pipeline.inbox.get()
+        news = await self._pipeline.inbox(self._session).get()
         if isinstance(news, PipesimError):
             return self._note_loss(news)
         what, size = news
@@ -168,26 +177,29 @@ class Head:
     def _note_loss(self, error: PipesimError) -> Event | None:
         """What the loss that the pipeline tells of means, if it is not known and repaired already."""
         pipeline = self._pipeline
-        if error is pipeline.failure:
-            return StageLost(pipeline.broken_at, str(error))
+        if pipeline.failure or self._session.token != pipeline.token:
+            return StageLost(pipeline.broken_at, str(pipeline.failure or error))
         if not pipeline.drafter or error is not pipeline.drafter.failure:
             return None
-        if not pipeline.attempts:
-            raise error
-        if self._drafter_attempts < pipeline.attempts:
-            self._drafter_attempts += 1
-            self._log(logging.WARNING, f"{error}; another one is started, without drafts until then")
-            pipeline.replace_drafter()
-        else:
-            self._log(logging.WARNING, f"{error}; no more drafts: the text goes on without speculation")
+        self._lose_drafter(error)
         waiting = self._recorder.scheduler.generation.draft_id
         return None if waiting is None else DraftReturned(waiting, _NO_DRAFT)
+
+    def _lose_drafter(self, error: PipesimError) -> None:
+        if not self._pipeline.attempts:
+            raise error
+        if self._drafter_attempts < self._pipeline.attempts:
+            self._drafter_attempts += 1
+            self._log(logging.WARNING, f"{error}; another one is started, without drafts until then")
+            self._pipeline.replace_drafter()
+        else:
+            self._log(logging.WARNING, f"{error}; no more drafts: the text goes on without speculation")
 
     async def _recover(self) -> None:
         """Goes on with the same text on a pipeline that forgot everything."""
         pipeline, scheduler = self._pipeline, self._recorder.scheduler
-        assert pipeline.failure
-        await self._restore(pipeline.failure)
+        if pipeline.failure:  # otherwise somebody else was faster
+            await self._restore(pipeline.failure)
         self._session = pipeline.renewed(self._session, scheduler.generation.epoch + 1)
         self._open()
         self._due.append(PipelineRestored())
@@ -200,7 +212,7 @@ class Head:
             attempt = f"attempt {self._attempts} of {pipeline.attempts}"
             self._log(logging.WARNING, f"{error}; restoring the pipeline, {attempt}")
             try:
-                await pipeline.restore()
+                await pipeline.restore(error)
                 return
             except StageFailedError as again:
                 error = again

@@ -52,18 +52,16 @@ class Mender(Protocol):
 
 
 class Pipeline:
-    """Stages in order and maybe a drafter, with the head's own streams to them.
+    """Stages in order and maybe a drafter, with the head's own streams to them. Several sessions may share them.
 
-    ``inbox`` holds the news in order of arrival: no more than answers to what the scheduler allows to be in flight, for
-    the boxes of what is sent are bounded. A broken pipeline (``failure`` says why) carries nothing until
-    :meth:`restore`; what its error in the inbox says is out of date once ``failure`` is another one. ``attempts`` is
-    how often in a row that should be tried, 0 without a ``mender``.
+    A broken pipeline (``failure`` says why) carries nothing until :meth:`restore`. Then it has another ``token``:
+    sessions of the old one are gone from all stages, and what is sent in their name goes nowhere. ``attempts`` is how
+    often in a row restoring should be tried, 0 without a ``mender``.
     """
 
     def __init__(self, attempts: int = 0) -> None:
         self.stages: list[Node] = []
         self.drafter: Node | None = None
-        self.inbox: asyncio.Queue[News] = asyncio.Queue()
         self.failure: PipesimError | None = None
         self.broken_at = 0
         self.token = secrets.token_bytes(TOKEN_BYTES)
@@ -71,6 +69,8 @@ class Pipeline:
         self.mender: Mender | None = None
         self._down_until = float("-inf")
         self._sessions = 0
+        self._inboxes: dict[int, asyncio.Queue[News]] = {}
+        self._restoring = asyncio.Lock()
         self._linked = True
         self._frames = Outbox[bytes]("the first stage")
         self._orders = Outbox[bytes]("the drafter")
@@ -85,13 +85,30 @@ class Pipeline:
         return [*self.stages, self.drafter] if self.drafter else list(self.stages)
 
     def new_session(self) -> Session:
-        """A session that was never used before."""
+        """A session that was never used before, with an inbox; :meth:`forget` it in the end."""
         self._sessions += 1
+        self._inboxes[self._sessions] = asyncio.Queue()
         return Session(self.token, self._sessions, epoch=0)
 
     def renewed(self, session: Session, epoch: int) -> Session:
         """The same session on the restored pipeline, which takes no frames of earlier epochs."""
         return Session(self.token, session.number, epoch)
+
+    def inbox(self, session: Session) -> asyncio.Queue[News]:
+        """What the session hears, in order of arrival: answers to what it has in flight, and losses."""
+        return self._inboxes[session.number]
+
+    def forget(self, session: Session) -> None:
+        """Nobody reads the session's inbox any more."""
+        self._inboxes.pop(session.number, None)
+
+    def _deliver(self, number: int, news: News) -> None:
+        if number in self._inboxes:  # otherwise a straggler
+            self._inboxes[number].put_nowait(news)
+
+    def _tell_all(self, news: News) -> None:
+        for inbox in self._inboxes.values():
+            inbox.put_nowait(news)
 
     # -- links -------------------------------------------------------------------------------------------------------
 
@@ -146,7 +163,7 @@ class Pipeline:
         """The first failure of a stage breaks the pipeline; the others come to light when it is repaired."""
         if node is self.drafter:
             if self._mending is None or self._mending.done():
-                self.inbox.put_nowait(error)
+                self._tell_all(error)
         else:
             self._break(node, error)
 
@@ -171,18 +188,26 @@ class Pipeline:
         if self.failure is None:
             self.failure = error
             self.broken_at = self.stages.index(node) if node in self.stages else 0
-            self.inbox.put_nowait(error)
+            self._tell_all(error)
 
-    async def restore(self) -> None:
-        """Replaces lost stages and links all of them anew, with nothing left of any session.
+    async def restore(self, failure: PipesimError) -> None:
+        """Replaces lost stages and links all of them anew, unless that was done since ``failure``.
 
         Raises:
             StageFailedError: that did not succeed; it may be tried again.
         """
-        if self.mender is None:
-            raise self.failure or StageFailedError("there is nobody to restore the pipeline")
-        await asyncio.sleep(self._down_until - time.monotonic())
-        await self.mender.restore()
+        async with self._restoring:
+            if self.failure is not failure:
+                return
+            if self.mender is None:
+                raise failure
+            await asyncio.sleep(self._down_until - time.monotonic())
+            try:
+                await self.mender.restore()
+            except StageFailedError as error:
+                self.failure = error
+                self._tell_all(error)  # whoever came too late to try begins with this one
+                raise
 
     def not_restored_before(self, moment: float) -> None:
         """:meth:`restore` waits at least until then, on the clock ``time.monotonic()``: a modelled outage."""
@@ -197,7 +222,8 @@ class Pipeline:
 
     def replace_drafter(self) -> None:
         """Replaces a lost drafter in the background; ``DrafterBack`` tells of success, a warning of failure."""
-        self._mending = asyncio.create_task(self._replace_drafter())
+        if self._mending is None or self._mending.done():
+            self._mending = asyncio.create_task(self._replace_drafter())
 
     async def _replace_drafter(self) -> None:
         assert self.mender
@@ -207,14 +233,15 @@ class Pipeline:
         except PipesimError as error:
             event(_log, logging.WARNING, f"{error}; no more drafts: the text goes on without speculation")
         else:
-            self.inbox.put_nowait((DrafterBack(), 0))
+            self._tell_all((DrafterBack(), 0))
 
     # -- to the nodes ------------------------------------------------------------------------------------------------
 
     def send(self, frame: Frame) -> int:
         """Sends a frame into the first stage; returns its size in bytes."""
         data = encode(frame)
-        self._frames.put_nowait(data)
+        if frame.session.token == self.token:
+            self._frames.put_nowait(data)
         return len(data)
 
     def cancel(self, session: Session, run_ids: Sequence[int]) -> int:
@@ -239,7 +266,8 @@ class Pipeline:
         reason = "it closed the result stream"
         try:
             while (data := await call.read()) is not grpc.aio.EOF:
-                self.inbox.put_nowait((decode(data), len(data)))
+                frame = decode(data)
+                self._deliver(frame.session.number, (frame, len(data)))
         except grpc.RpcError as error:
             reason = describe_rpc_error(error)
         except FrameError as error:
@@ -250,7 +278,8 @@ class Pipeline:
         reason = "it closed the draft stream"
         try:
             while (data := await call.read()) is not grpc.aio.EOF:
-                self.inbox.put_nowait((unpack(FROM_DRAFTER, data), len(data)))
+                reply = unpack(FROM_DRAFTER, data)
+                self._deliver(reply.session, (reply, len(data)))
         except grpc.RpcError as error:
             reason = describe_rpc_error(error)
         except FrameError as error:

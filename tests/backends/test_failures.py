@@ -157,7 +157,7 @@ def test_a_stage_that_gets_nonsense_says_so(model: Path) -> None:
             run = Run(0, 0, RunKind.CANONICAL, (1,), (0,), (1,))
             pipeline.send(RunFrame(session, run))
             pipeline.send(ReleaseFrame(session))
-            news = await asyncio.wait_for(pipeline.inbox.get(), WITHIN_S)
+            news = await asyncio.wait_for(pipeline.inbox(session).get(), WITHIN_S)
             assert isinstance(news, StageFailedError)
             assert "stage 0" in str(news)
             assert "session 1 epoch 0 is not open" in str(news)

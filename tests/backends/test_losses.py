@@ -61,7 +61,6 @@ class FakePipeline(Pipeline):
         self.failing = 0  # so many restorations will fail
         self.stages = [cast(Node, FakeNode())]
         self.drafter = cast(Node, FakeNode())
-        self.inbox = cast(Any, self)
         self.flying: deque[Frame] = deque()
         self.strays: list[News] = []
         self.cancelled: set[tuple[int, int]] = set()
@@ -73,6 +72,9 @@ class FakePipeline(Pipeline):
         self.replacing = False
 
     # what the head calls
+
+    def inbox(self, session: Session) -> Any:
+        return self
 
     def send(self, frame: Frame) -> int:
         if self.failure is None:
@@ -99,7 +101,8 @@ class FakePipeline(Pipeline):
             self.order_open = message
         return 1
 
-    async def restore(self) -> None:
+    async def restore(self, failure: PipesimError) -> None:
+        assert failure is self.failure
         await asyncio.sleep(0)
         self.token = bytes([self.losses % 256]) * 16
         self.flying.clear()

@@ -4,6 +4,7 @@ import io
 import os
 import signal
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -64,7 +65,7 @@ def check(
     log = io.StringIO()
     tokens = pipeline.generate(policy, PROMPT, NEW_TOKENS, POLICIES[policy], SAMPLED, events=log, strikes=strikes)
     assert tokens == expected
-    file = tmp_path / "events.jsonl"
+    file = tmp_path / "events.jsonl" if tmp_path.is_dir() else tmp_path
     file.write_text(log.getvalue())
     replayed = replay_log(file)
     assert replayed.difference is None
@@ -123,6 +124,29 @@ def test_what_asks_for_drafts_next_waits_for_the_new_drafter(
     drafts = Prober(pipeline.pipeline, PROMPT).drafts(tuple(PROMPT), tuple(expected), SAMPLED, None)
     candidates, _ = pipeline.wait(drafts)
     assert len(candidates) == NEW_TOKENS
+
+
+def test_two_generations_at_once_survive_the_same_loss(
+    pipeline: RunningPipeline, expected: list[int], tmp_path: Path
+) -> None:
+    """They share stages and the drafter, and nothing else; whoever notices first repairs the pipeline for both."""
+    under_way: list[str] = []
+
+    def strike_when_both_are_under_way() -> None:
+        under_way.append("one")
+        if len(under_way) == 2:
+            kill(pipeline.pipeline.stages[1])
+            kill(pipeline.pipeline.drafter)
+
+    strikes = {8: strike_when_both_are_under_way}
+    with ThreadPoolExecutor() as pool:
+        jobs = [
+            pool.submit(check, pipeline, expected, policy, strikes, tmp_path / f"{policy}.jsonl")
+            for policy in ("pipeinfer", "speculative")
+        ]
+        for job in jobs:
+            job.result()
+    assert len(under_way) == 2
 
 
 def test_a_nursery_that_dies_takes_all_along_and_all_are_replaced(
