@@ -1,6 +1,7 @@
 """A node in the service of one head: from the head's first control message until its control stream ends."""
 
 import asyncio
+import contextlib
 import hmac
 import logging
 import time
