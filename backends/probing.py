@@ -112,6 +112,7 @@ class Prober:
             self._pipeline.order(EndText(self._scratch.number))
         for session in (self._scratch, *self._prefilled.values()):
             await self._through(ReleaseFrame(session))
+            self._pipeline.forget(session)
 
     # -- runs ----------------------------------------------------------------------------------------------------------
 
@@ -164,24 +165,32 @@ class Prober:
             self._pipeline.send(RunFrame(session, run))
             last = run.run_id
         while True:
-            result = await self._next_frame()
+            result = await self._next_frame(session)
             if isinstance(result, ResultFrame) and result.run_id == last:
                 break
         seconds = time.monotonic() - submitted
         return FloodSample(self._round, rows, context + count * rows / 2, count, seconds)
 
     async def _through(self, frame: Frame) -> Frame:
-        self._pipeline.send(frame)
-        return await self._next_frame()
+        pipeline = self._pipeline
+        if pipeline.failure or frame.session.token != pipeline.token:
+            raise pipeline.failure or StageFailedError("a stage was lost while costs were probed: they are void")
+        pipeline.send(frame)
+        return await self._next_frame(frame.session)
 
-    async def _next_frame(self) -> Frame:
+    async def _next_frame(self, session: Session) -> Frame:
+        while isinstance(what := await self._news(session), DraftReply | TraceReply):
+            pass  # a straggler
+        return what
+
+    async def _news(self, session: Session) -> Frame | DraftReply | TraceReply:
+        """What comes next. Raises the error that the pipeline or its drafter is lost by, not one that is repaired."""
         while True:
-            news = await self._pipeline.inbox.get()
+            news, drafter = await self._pipeline.inbox(session).get(), self._pipeline.drafter
             if isinstance(news, PipesimError):
-                raise news
-            if isinstance(news[0], DrafterBack):
-                raise StageFailedError("the drafter was lost while the pipeline was probed: its costs are unknown")
-            if not isinstance(news[0], DraftReply | TraceReply):  # those are stragglers of a generation
+                if news is self._pipeline.failure or (drafter and news is drafter.failure):
+                    raise news
+            elif not isinstance(news[0], DrafterBack):
                 return news[0]
 
     # -- the drafter ---------------------------------------------------------------------------------------------------
@@ -189,6 +198,7 @@ class Prober:
     async def _measure_drafts(self) -> list[DraftSample]:
         """Chains of all lengths, after the prompt and after the whole text."""
         text, drafts = self._text, []
+        await self._pipeline.drafter_at_work()
         self._pipeline.order(StartText(self._scratch.number, text.prompt, text.sampling, text.planted))
         before = 0
         for context in (len(text.prompt), len(self._tokens) - max(LEVELS)):
@@ -221,13 +231,6 @@ class Prober:
         return reply.candidates[len(text.prompt) - 1 :], reply.detours
 
     async def _ask(self, message: ToDrafter) -> DraftReply | TraceReply | Frame:
+        await self._pipeline.drafter_at_work()
         self._pipeline.order(message)
-        while True:
-            news = await self._pipeline.inbox.get()
-            if isinstance(news, PipesimError):
-                raise news
-            what = news[0]
-            if isinstance(what, DrafterBack):
-                raise StageFailedError("the drafter was lost while it was probed: its costs are unknown")
-            if not isinstance(what, DraftReply) or what.session == self._scratch.number:
-                return what
+        return await self._news(self._scratch)
