@@ -81,7 +81,10 @@ class ComputeLoop:
     def _end(self, *tasks: asyncio.Task[Any]) -> None:
         for task in tasks:
             task.cancel()
-        self._loop.run_until_complete(_outcomes(tasks))
+        outcomes = self._loop.create_task(_outcomes(tasks))
+        outcomes.add_done_callback(self._stop)
+        while not outcomes.done():  # a job that was broken off may have left a stop behind
+            self._loop.run_forever()
 
     def _turn(self, times: int) -> None:
         for _ in range(times):

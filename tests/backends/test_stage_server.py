@@ -16,6 +16,7 @@ import torch
 from node_thread import node_thread
 
 from backends import stage_server
+from backends.compute import ComputeLoop
 from backends.control import (
     FROM_NODE,
     Beat,
@@ -37,6 +38,7 @@ from backends.frames import (
     TOKEN_BYTES,
     Activation,
     Frame,
+    FrameError,
     OpenFrame,
     ReleaseFrame,
     ResultFrame,
@@ -45,6 +47,8 @@ from backends.frames import (
     decode,
     encode,
 )
+from backends.lease import StageLease
+from backends.outbox import MAX_WAITING
 from backends.sampling import Sampling
 from backends.stage_worker import StageWorker
 from backends.transport import CONTROL, DATA, RESULTS, bind, new_server, open_channel, path
@@ -277,20 +281,17 @@ def test_a_void_frame_passes_through_in_order() -> None:
     on_a_stage(test)
 
 
-def test_a_sender_that_heeds_no_bound_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("backends.lease.MAX_WAITING", 8)
+def test_a_sender_that_heeds_no_bound_is_refused() -> None:
+    class BusyLoop(ComputeLoop):
+        waiting = MAX_WAITING
 
-    async def test(head: TestHead) -> None:
-        await head.send(a_run(0))
-        await head.layers.entered_a_layer()
-        for number in range(1, 10):
-            await head.send(a_run(number))
-        lost = await head.hear()
-        assert isinstance(lost, LinkLost)
-        assert "8 frames wait here" in lost.reason
-        assert head.layers.admitted == [0]
+    async def test() -> None:
+        order = ConfigureStage(TOKEN, 0, "stub", "", 0, LAYERS, "float32", 1)
+        lease = StageLease(order, BusyLoop(), lambda _: StubLayers())
+        with pytest.raises(FrameError, match=f"{MAX_WAITING} frames wait here"):
+            lease.receive(a_run(0), 0)
 
-    on_a_stage(test)
+    asyncio.run(test())
 
 
 def test_a_successor_that_never_reads_is_an_error_and_not_memory(monkeypatch: pytest.MonkeyPatch) -> None:
