@@ -129,13 +129,14 @@ async def _hops(addresses: Sequence[str], rows: int, width: int, runs: int) -> H
     hops = Hops([], [], [])
     async with _pipeline(addresses, width) as pipeline:
         session = pipeline.new_session()
+        inbox = pipeline.inbox(session)
         pipeline.send(OpenFrame(session, rows, 1, Sampling()))
-        await pipeline.inbox.get()
+        await inbox.get()
         for number in range(_WARM_UP + runs):
             run = Run(number, 0, RunKind.CANONICAL, (1,) * rows, tuple(range(rows)), (1,) * rows)
             sent = time.monotonic()
             pipeline.send(RunFrame(session, run))
-            news = await pipeline.inbox.get()
+            news = await inbox.get()
             heard = time.monotonic()
             if isinstance(news, PipesimError):
                 raise news
@@ -147,7 +148,7 @@ async def _hops(addresses: Sequence[str], rows: int, width: int, runs: int) -> H
                 hops.between.append(1e3 * (second.start - first.end))
                 hops.home.append(1e3 * (heard - second.end))
         pipeline.send(ReleaseFrame(session))
-        await pipeline.inbox.get()
+        await inbox.get()
     return hops
 
 

@@ -15,7 +15,7 @@ from tiny_models import save_tiny
 from backends.models.loading import open_model
 from backends.models.stage_model import StageModel
 from backends.node import Node
-from backends.probing import Prober
+from backends.probing import Prober, Text
 from backends.reference import generate_in_one_process
 from backends.sampling import Sampling
 from pipesim.event_log import replay_log
@@ -121,8 +121,8 @@ def test_what_asks_for_drafts_next_waits_for_the_new_drafter(
     pipeline: RunningPipeline, expected: list[int], tmp_path: Path
 ) -> None:
     check(pipeline, expected, "pipeinfer", {20: lambda: kill(pipeline.pipeline.drafter)}, tmp_path)
-    drafts = Prober(pipeline.pipeline, PROMPT).drafts(tuple(PROMPT), tuple(expected), SAMPLED, None)
-    candidates, _ = pipeline.wait(drafts)
+    text = Text(tuple(PROMPT), tuple(expected), SAMPLED, None)
+    candidates, _ = pipeline.wait(Prober(pipeline.pipeline, text, 64).trace(tuple(expected)))
     assert len(candidates) == NEW_TOKENS
 
 
