@@ -16,7 +16,7 @@ import torch
 
 from analysis.forward_speed import CONTEXT, Forward, opened
 from analysis.pages import fill, markdown_table
-from backends.models.devices import DTYPES, Device, open_device
+from backends.models.devices import Device, open_device
 from backends.models.finding import DEFAULT_MODEL
 from backends.models.loading import ModelSource, open_model
 from backends.models.stage_model import StageModel
@@ -38,14 +38,14 @@ class Found:
 def measure(source: ModelSource, device_name: str, dtype: str, rows: Sequence[int] = ROWS, rounds: int = 30) -> Found:
     """All logits of ``rows`` rows, from ids on the host to logits on the host, in turns."""
     device = _device(device_name, dtype)
-    model, recorded = opened(StageModel(source, 0, source.config.layers, DTYPES[dtype], device=device))
+    model, recorded = opened(StageModel(source, 0, source.config.layers, getattr(torch, dtype), device=device))
     with mock.patch.object(device, "record", lambda step: step):
-        plain, launched = opened(StageModel(source, 0, source.config.layers, DTYPES[dtype], device=device))
+        plain, launched = opened(StageModel(source, 0, source.config.layers, getattr(torch, dtype), device=device))
         for count in rows:  # steps are made, and recorded, when they are first needed
             launched(count)
     for count in rows:
         recorded(count)
-    weights = torch.ones(model.parameters * DTYPES[dtype].itemsize // 4, device=device.place)
+    weights = torch.ones(model.parameters * getattr(torch, dtype).itemsize // 4, device=device.place)
     forwards: dict[str, Forward] = {RECORDED: recorded, LAUNCHED: launched, FLOOR: lambda _: weights.sum().item()}
     times: dict[tuple[str, int], list[float]] = {(name, count): [] for name in forwards for count in rows}
     for _ in range(rounds):
@@ -97,7 +97,9 @@ def main() -> None:
     options = parser.parse_args()
     check_outputs(options.output)
     source = open_model(DEFAULT_MODEL)
-    found = [measure(source, options.device, dtype, rounds=options.rounds) for dtype in DTYPES]
+    found = [
+        measure(source, options.device, dtype, rounds=options.rounds) for dtype in ("float32", "bfloat16", "float16")
+    ]
     options.output.write_text(page(found, options.device))
     diagnostic(f"wrote {options.output}")
 

@@ -72,6 +72,7 @@ class ClusterPlan:
     stages: tuple[StagePart, ...]
     drafter: DrafterPart | None = None
     dtype: str = "float32"
+    kernels: str = "auto"
     threads: int = 1
     startup_timeout_s: float = 120.0
     recovery: Recovery = Recovery()
@@ -142,6 +143,7 @@ class Assembly:
         self._spares = list(plan.spares)  # and lost servers, which may come back some day
         self._starting = asyncio.Lock()
         self._weights = ""
+        self._arithmetic: list[str] = []  # of each stage as it was at first
         pipeline.mender = self
 
     async def bring_up(self) -> None:
@@ -163,11 +165,20 @@ class Assembly:
         if plan.drafter and pipeline.drafter:
             configured.append(pipeline.drafter.configure(self._drafter_order(plan.drafter)))
         await asyncio.gather(*configured)
+        self._compare_arithmetic()
         await pipeline.connect()
         if pipeline.drafter:
             await pipeline.connect_drafter(pipeline.token)
         for node in pipeline.nodes:  # one at a time: clocks are measured best while nothing else goes on
             await node.watch()
+
+    def _compare_arithmetic(self) -> None:
+        """Each stage is exact in itself; but only with one arithmetic does the text not depend on the stage split."""
+        self._arithmetic = [stage.arithmetic for stage in self._pipeline.stages]
+        found = {stage.arithmetic: stage.name for stage in self._pipeline.stages}
+        if len(found) > 1:
+            named = "; ".join(f"{name}: {arithmetic}" for arithmetic, name in found.items())
+            event(_log, logging.WARNING, f"stages compute differently, another split may yield another text: {named}")
 
     async def close(self) -> None:
         """Ends all processes."""
@@ -230,6 +241,10 @@ class Assembly:
         node = self._pipeline.stages[index] = self._stage(index, place)
         try:
             await node.configure(self._stage_order(index))
+            if node.arithmetic != self._arithmetic[index]:
+                raise BadInputError(
+                    f"{node.name} computes with {node.arithmetic}, the lost stage with {self._arithmetic[index]}"
+                )
         except BaseException:
             await node.close()  # it counts as lost
             raise
@@ -290,6 +305,7 @@ class Assembly:
             first_layer=part.first_layer,
             last_layer=part.last_layer,
             dtype=plan.dtype,
+            kernels=plan.kernels,
             threads=plan.threads,
             device=part.device,
         )
@@ -306,6 +322,7 @@ class Assembly:
             vocabulary=part.vocabulary,
             max_context=part.max_context,
             dtype=self._plan.dtype,
+            kernels=self._plan.kernels,
             threads=self._plan.threads,
             skip_layers=part.skip_layers,
             device=part.device,

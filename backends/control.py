@@ -27,6 +27,7 @@ class ConfigureStage(msgspec.Struct, frozen=True, tag="configure-stage", forbid_
     first_layer: int
     last_layer: int
     dtype: str
+    kernels: str
     threads: int
     device: str | None = None
 
@@ -44,6 +45,7 @@ class ConfigureDrafter(msgspec.Struct, frozen=True, tag="configure-drafter", for
     vocabulary: int
     max_context: int
     dtype: str
+    kernels: str
     threads: int
     skip_layers: tuple[int, ...] | None
     device: str = "cpu"
@@ -79,7 +81,12 @@ class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat", forbid_unknown_fie
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready", forbid_unknown_fields=True):
-    """Node -> head: the configured part is loaded, or nothing is left of what was to be forgotten."""
+    """Node -> head: the configured part is loaded, or nothing is left of what was to be forgotten.
+
+    ``arithmetic`` is a stage's: those with equal ones compute bit for bit alike.
+    """
+
+    arithmetic: str = ""
 
 
 class Connected(msgspec.Struct, frozen=True, tag="connected", forbid_unknown_fields=True):

@@ -150,6 +150,8 @@ def load_drafter(order: ConfigureDrafter) -> Drafter:
     """
     if order.drafter == "ngram":
         return NgramDrafter()
+    import torch
+
     from backends.drafting.layer_skip import LayerSkipDrafter
     from backends.drafting.model import ModelDrafter
     from backends.models.devices import DTYPES, open_device
@@ -159,10 +161,14 @@ def load_drafter(order: ConfigureDrafter) -> Drafter:
     device, dtype = open_device(order.device, order.dtype), DTYPES[order.dtype]
     source = open_model(order.model if order.drafter == "layer-skip" else order.drafter)
     if order.drafter == "layer-skip":
-        return LayerSkipDrafter(source, order.max_context, order.skip_layers, dtype, order.threads, device)
+        return LayerSkipDrafter(
+            source, order.max_context, order.skip_layers, dtype, order.threads, device, order.kernels
+        )
     config = source.config
     max_context = min(order.max_context, config.max_context)
-    model = StageModel(source, 0, config.layers, dtype, order.threads, device=device)
+    if isinstance(dtype, str) and source.blocks("model.layers.0.mlp.down_proj.weight") is None:
+        dtype = torch.bfloat16  # it is the target's text that must be exact, not the draft
+    model = StageModel(source, 0, config.layers, dtype, order.threads, device=device, kernels=order.kernels)
     return ModelDrafter(model, max_context, order.vocabulary)
 
 

@@ -73,6 +73,7 @@ class _Job:
             stages=stage_parts(layers, execution.hosts, execution.devices(len(layers))),
             drafter=drafter if self.needs_drafter else None,
             dtype=execution.dtype,
+            kernels=execution.kernels,
             threads=execution.threads_per_stage,
             startup_timeout_s=execution.startup_timeout_s,
             recovery=Recovery(execution.recovery.attempts, execution.recovery.timeout_s),

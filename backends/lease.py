@@ -134,9 +134,10 @@ class StageLease(Lease):
             *(_log, logging.INFO, "loaded"),
             model=order.model,
             layers=[order.first_layer, order.last_layer],
+            arithmetic=layers.arithmetic,
             seconds=round(time.monotonic() - start, 3),
         )
-        self.tell(Ready())
+        self.tell(Ready(layers.arithmetic))
 
     def handle(self, message: ToNode) -> None:
         """Takes one message of the head."""

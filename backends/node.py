@@ -50,7 +50,7 @@ class Node:
     neighbour. ``name`` is for people: part, address, layers. ``clock_offset`` is the node's clock minus ours, in
     seconds, by the fastest heartbeat so far; ``last_run`` is the last run that it is known to have handled. ``process``
     is None for a node that somebody else started; ``ready`` says that it has done all that it was asked for, and
-    ``watched`` that a missing heartbeat would be noticed.
+    ``watched`` that a missing heartbeat would be noticed. ``arithmetic`` is what a configured stage computes with.
     """
 
     def __init__(
@@ -66,6 +66,7 @@ class Node:
         self.channel = open_channel(address)
         self.clock_offset = 0.0
         self.last_run = -1
+        self.arithmetic = ""
         self.failure: PipesimError | None = None
         self.process = process
         self.ready = False
@@ -207,6 +208,8 @@ class Node:
                     case LinkLost(neighbour, reason):
                         self._on_link_lost(self, neighbour, reason)
                     case Ready() | Connected() as answer if type(answer) is self._awaited and not self._reply.done():
+                        if isinstance(answer, Ready) and answer.arithmetic:
+                            self.arithmetic = answer.arithmetic
                         self._reply.set_result(None)
             self.fail("has hung up")
         except FrameError as error:

@@ -38,6 +38,10 @@ class Layers(Protocol):
     def is_last(self) -> bool:
         """Whether it predicts tokens."""
 
+    @property
+    def arithmetic(self) -> str:
+        """As ``Engine``."""
+
     def open_session(self, session: int, kv_cells: int, sequences: int, sampling: Sampling) -> None:
         """As ``StageModel``."""
 
@@ -69,7 +73,9 @@ def load_layers(order: ConfigureStage, device: str = "cpu") -> StageModel:
     if fingerprint(source) != order.fingerprint:
         raise BadInputError(f"{source.path} holds other weights than the head's model: give both the same files")
     layers = order.first_layer, order.last_layer
-    return StageModel(source, *layers, dtype=DTYPES[order.dtype], threads=order.threads, device=place)
+    return StageModel(
+        source, *layers, dtype=DTYPES[order.dtype], threads=order.threads, device=place, kernels=order.kernels
+    )
 
 
 @dataclass(slots=True)

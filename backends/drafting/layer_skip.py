@@ -26,10 +26,11 @@ class LayerSkipDrafter(ModelDrafter):
         source: ModelSource,
         max_context: int,
         skipped: Collection[int] | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = torch.float32,
         threads: int = 1,
         device: Device | None = None,
+        kernels: str = "auto",
     ) -> None:
         layers = source.config.layers
         left_out = default_skipped(layers) if skipped is None else skipped
-        super().__init__(StageModel(source, 0, layers, dtype, threads, left_out, device), max_context)
+        super().__init__(StageModel(source, 0, layers, dtype, threads, left_out, device, kernels), max_context)

@@ -1,4 +1,4 @@
-"""The decoder layer that all families share: its weights, and one run through such layers."""
+"""The decoder layer that all families share, in PyTorch: one run through such layers."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,90 +12,21 @@ from backends.models.exact import BLOCK, Tiling, tiled_linear
 from backends.models.loading import ModelSource
 from backends.models.products import Kernel, Matrix, lay_out
 from backends.models.rowwise import gated, rms_norm
-from pipesim.errors import BadInputError
+from backends.models.weights import LayerWeights, Weight, WeightReader
 from pipesim.scheduling.cells import CellTable
 from pipesim.scheduling.runs import Run, RunKind
 
 
-@dataclass(frozen=True, slots=True)
-class LayerWeights:
-    """One decoder layer: ``qkv`` is ``[qkv_width, hidden]``, ``gate_up`` ``[2 * intermediate, hidden]``.
-
-    None stands for what the model's family does not have. ``qk_norm`` is ``[heads + kv_heads, head_dim]``, the queries'
-    norm for each query head, then the keys'.
-    """
-
-    kind: LayerKind
-    attention_norm: torch.Tensor
-    qkv: Matrix
-    qkv_bias: torch.Tensor | None
-    qk_norm: torch.Tensor | None
-    output: Matrix
-    post_attention_norm: torch.Tensor | None
-    mlp_norm: torch.Tensor
-    gate_up: Matrix
-    down: Matrix
-    post_mlp_norm: torch.Tensor | None
-
-    @property
-    def parameters(self) -> int:
-        """How many weights the layer has."""
-        fields = (getattr(self, name) for name in self.__dataclass_fields__)
-        return sum(field.numel() for field in fields if isinstance(field, torch.Tensor | Matrix))
-
-
-def read_weight(
-    source: ModelSource, name: str, shape: tuple[int, ...], dtype: torch.dtype, place: torch.device = CPU
-) -> torch.Tensor:
-    """One weight at ``place``, its shape checked."""
-    weight = source.read(name)
-    if tuple(weight.shape) != shape:
-        raise BadInputError(
-            f"{source.path}: weight {name!r} has shape {list(weight.shape)}, the config asks for {list(shape)}"
-        )
-    return weight.to(dtype).contiguous().to(place)
-
-
 def read_layer(
     source: ModelSource, index: int, dtype: torch.dtype, kernel: Kernel, place: torch.device = CPU
-) -> LayerWeights:
-    """Layer ``index`` of the model, its parallel projections fused; matrices in ``dtype``, vectors in float32."""
-    c, family = source.config, source.config.family
-    queries, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
+) -> LayerWeights[Matrix]:
+    """Layer ``index`` of the model at ``place``, its matrices in ``dtype`` laid out for ``kernel``."""
 
-    def matrix(name: str, outputs: int, inputs: int) -> torch.Tensor:
-        return read_weight(source, f"model.layers.{index}.{name}.weight", (outputs, inputs), dtype, place)
+    def lay(weight: Weight) -> Matrix:
+        assert isinstance(weight, torch.Tensor)
+        return lay_out(weight, kernel)
 
-    def fused(*parts: tuple[str, int]) -> Matrix:
-        """One part at a time is read."""
-        outputs = sum(part[1] for part in parts)
-        whole, start = torch.empty(outputs, c.hidden, dtype=dtype, device=place), 0
-        for name, outputs in parts:
-            whole[start : start + outputs] = matrix(name, outputs, c.hidden)
-            start += outputs
-        return lay_out(whole, kernel)
-
-    def vector(name: str, size: int = c.hidden) -> torch.Tensor:
-        return read_weight(source, f"model.layers.{index}.{name}", (size,), torch.float32, place)
-
-    projections = (("self_attn.q_proj", queries), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv))
-    head_norms = (("self_attn.q_norm.weight", c.heads), ("self_attn.k_norm.weight", c.kv_heads))
-    mlp_norm = "pre_feedforward_layernorm.weight" if family.post_norms else "post_attention_layernorm.weight"
-    return LayerWeights(
-        kind=c.kinds[index],
-        attention_norm=vector("input_layernorm.weight"),
-        qkv=fused(*projections),
-        qkv_bias=torch.cat([vector(f"{name}.bias", size) for name, size in projections]) if family.qkv_bias else None,
-        qk_norm=torch.cat([vector(name, c.head_dim).expand(heads, -1) for name, heads in head_norms])
-        if family.qk_norm
-        else None,
-        output=lay_out(matrix("self_attn.o_proj", c.hidden, queries), kernel),
-        post_attention_norm=vector("post_attention_layernorm.weight") if family.post_norms else None,
-        mlp_norm=vector(mlp_norm),
-        gate_up=fused(("mlp.gate_proj", c.intermediate), ("mlp.up_proj", c.intermediate)),
-        down=lay_out(matrix("mlp.down_proj", c.hidden, c.intermediate), kernel),
-        post_mlp_norm=vector("post_feedforward_layernorm.weight") if family.post_norms else None,
-    )
+    return WeightReader(source, dtype, lay, place).layer(index)
 
 
 class KvCache:
@@ -120,15 +51,18 @@ class KvCache:
         self.rotary = {kind: rotary_tables(kind, config.head_dim, cells, place) for kind in dict.fromkeys(kinds)}
 
 
+def rotary_frequencies(kind: LayerKind, head_dim: int) -> torch.Tensor:
+    """By how much each pair of a head turns from one position to the next, ``[head_dim / 2]`` float32."""
+    pairs = torch.arange(0, head_dim, 2, dtype=torch.float32)
+    frequencies = 1.0 / kind.rope_theta ** (pairs / head_dim)
+    return frequencies / torch.tensor(kind.rope_factors) if kind.rope_factors else frequencies
+
+
 def rotary_tables(
     kind: LayerKind, head_dim: int, positions: int, place: torch.device = CPU
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines, and sines signed for the swapped halves, both ``[positions, 1, head_dim]`` (RoPE, arXiv 2104.09864)."""
-    pairs = torch.arange(0, head_dim, 2, dtype=torch.float32)
-    frequencies = 1.0 / kind.rope_theta ** (pairs / head_dim)
-    if kind.rope_factors:
-        frequencies = frequencies / torch.tensor(kind.rope_factors)
-    angles = torch.outer(torch.arange(positions, dtype=torch.float32), frequencies).double()
+    angles = torch.outer(torch.arange(positions, dtype=torch.float32), rotary_frequencies(kind, head_dim)).double()
     cos, sin = angles.cos().float().to(place), angles.sin().float().to(place)
     return torch.cat((cos, cos), -1).unsqueeze(1), torch.cat((-sin, sin), -1).unsqueeze(1)
 
@@ -183,13 +117,16 @@ def plan_run(run: Run, cells: Sequence[int], table: CellTable, cache: KvCache, t
 
 def forward_layer(
     hidden: torch.Tensor,
-    layer: LayerWeights,
+    layer: LayerWeights[Matrix],
     config: ModelConfig,
     plan: RunPlan,
     keys: torch.Tensor,
     values: torch.Tensor,
 ) -> torch.Tensor:
-    """``hidden`` ``[padded, hidden]`` through one layer, whose cache is ``keys`` and ``values``."""
+    """``hidden`` ``[padded, hidden]`` through one layer, whose cache is ``keys`` and ``values``.
+
+    With bfloat16 matrices the result is rounded to it: a stage may end here, and what travels on is bfloat16.
+    """
     eps, bounds = config.norm_eps, plan.bounds
     attended = _attention(rms_norm(hidden, layer.attention_norm, eps), layer, config, plan, keys, values)
     change = tiled_linear(attended, layer.output, bounds)
@@ -200,16 +137,19 @@ def forward_layer(
     change = tiled_linear(gated(gate_up, config.family.activation), layer.down, bounds)
     if layer.post_mlp_norm is not None:
         change = rms_norm(change, layer.post_mlp_norm, eps)
-    return hidden + change
+    hidden = hidden + change
+    return hidden.bfloat16().float() if layer.down.dtype == torch.bfloat16 else hidden
 
 
-LayerForward = Callable[[torch.Tensor, LayerWeights, ModelConfig, RunPlan, torch.Tensor, torch.Tensor], torch.Tensor]
+LayerForward = Callable[
+    [torch.Tensor, LayerWeights[Matrix], ModelConfig, RunPlan, torch.Tensor, torch.Tensor], torch.Tensor
+]
 """What :func:`forward_layer` is, or does as it does."""
 
 
 def run_layers(
     hidden: torch.Tensor,
-    layers: Sequence[LayerWeights],
+    layers: Sequence[LayerWeights[Matrix]],
     config: ModelConfig,
     plan: RunPlan,
     cache: KvCache,
@@ -226,7 +166,7 @@ def run_layers(
 
 def _attention(
     normed: torch.Tensor,
-    layer: LayerWeights,
+    layer: LayerWeights[Matrix],
     config: ModelConfig,
     plan: RunPlan,
     keys: torch.Tensor,

@@ -13,7 +13,15 @@ import torch
 
 from pipesim.errors import BadInputError
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+QUANTIZED = "quantized"
+"""In place of a type: matrices stay in the blocks of their GGUF file."""
+
+DTYPES: dict[str, torch.dtype | str] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    QUANTIZED: QUANTIZED,
+}
 """Types of weight matrices by name."""
 
 CPU = torch.device("cpu")

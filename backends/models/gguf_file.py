@@ -16,6 +16,7 @@ import numpy.typing as npt
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from gguf.quants import dequantize
 
+from backends.models.blocks import Blocks, read_blocks
 from pipesim.errors import BadInputError
 
 _SCALARS = {
@@ -68,6 +69,27 @@ class GgufFile:
 
     def tensor(self, name: str) -> npt.NDArray[np.float32]:
         """The tensor as float32, in an array of its own, of shape ``shapes[name]``."""
+        raw, kind = self._raw(name)
+        shape = self.shapes[name]
+        tensor = np.empty((len(raw), shape[-1]), np.float32)
+        rows = max(1, _AT_ONCE // shape[-1])
+        try:
+            for start in range(0, len(raw), rows):  # dequantizing takes several times the memory of its result
+                tensor[start : start + rows] = _plain(raw[start : start + rows], kind)
+        except NotImplementedError as error:
+            raise BadInputError(f"{self.path}: tensor {name!r} has unsupported quantization {kind.name}") from error
+        self._forget(name, raw)
+        return tensor.reshape(shape)
+
+    def blocks(self, name: str) -> Blocks | None:
+        """The tensor, a matrix, in its own quantization; None if that is not one of blocks that are understood."""
+        raw, kind = self._raw(name)
+        blocks = read_blocks(raw, kind)
+        self._forget(name, raw)
+        return blocks
+
+    def _raw(self, name: str) -> tuple[npt.NDArray[np.uint8], GGMLQuantizationType]:
+        """The tensor's bytes, ``[rows, bytes]``, and its quantization."""
         if name not in self._tensors:
             raise BadInputError(f"{self.path}: tensor {name!r} is missing, the model has no such part")
         kind, offset = self._tensors[name]
@@ -76,18 +98,15 @@ class GgufFile:
         size = math.prod(shape) // block * block_bytes
         if offset + size > len(self._bytes):
             raise BadInputError(f"{self.path} ends within tensor {name!r}: download it again")
-        raw = np.frombuffer(self._bytes, np.uint8, size, offset).reshape(-1, shape[-1] // block * block_bytes)
-        tensor = np.empty((len(raw), shape[-1]), np.float32)
-        rows = max(1, _AT_ONCE // shape[-1])
-        try:
-            for start in range(0, len(raw), rows):  # dequantizing takes several times the memory of its result
-                tensor[start : start + rows] = _plain(raw[start : start + rows], kind)
-        except NotImplementedError as error:
-            raise BadInputError(f"{self.path}: tensor {name!r} has unsupported quantization {kind.name}") from error
-        page = offset // mmap.PAGESIZE * mmap.PAGESIZE
-        if hasattr(mmap, "MADV_DONTNEED"):  # its pages are not needed again
-            self._bytes.madvise(mmap.MADV_DONTNEED, page, offset + size - page)
-        return tensor.reshape(shape)
+        raw = np.frombuffer(self._bytes, np.uint8, size, offset)
+        return raw.reshape(-1, shape[-1] // block * block_bytes), kind
+
+    def _forget(self, name: str, raw: npt.NDArray[np.uint8]) -> None:
+        """Its pages are not needed again."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            offset = self._tensors[name][1]
+            page = offset // mmap.PAGESIZE * mmap.PAGESIZE
+            self._bytes.madvise(mmap.MADV_DONTNEED, page, offset + raw.nbytes - page)
 
     def _read_header(self) -> None:
         if self._bytes[:4] != b"GGUF":

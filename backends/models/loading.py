@@ -11,8 +11,11 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
+from backends.models.blocks import Blocks
 from backends.models.config import ModelConfig
 from backends.models.finding import find_model
 from backends.models.gguf_config import config_from_gguf
@@ -62,6 +65,9 @@ class ModelSource(Protocol):
         Norms come ready to be multiplied by, whatever the file adds to or takes off them.
         """
 
+    def blocks(self, name: str) -> Blocks | None:
+        """The matrix called ``name`` in the file's own quantization, None if it has none that is understood."""
+
 
 class GgufSource:
     """A GGUF file."""
@@ -78,12 +84,23 @@ class GgufSource:
 
         stored = self._stored_name(name)
         weight = torch.from_numpy(self.file.tensor(stored))
-        if self.file.metadata["general.architecture"] == "llama" and re.search(r"attn_[qk]\.weight", stored):
-            # There alone the two halves of each rotary pair are interleaved within a head; bring them back apart.
-            heads = self.config.heads if "attn_q" in stored else self.config.kv_heads
-            width = weight.shape[-1]
-            weight = weight.view(heads, -1, 2, width).transpose(1, 2).reshape(-1, width)
-        return weight
+        order = self._order(stored)
+        return weight if order is None else weight[torch.from_numpy(order)]
+
+    def blocks(self, name: str) -> Blocks | None:
+        """As in ``ModelSource``, its rows in Hugging Face order."""
+        stored = self._stored_name(name)
+        blocks = self.file.blocks(stored)
+        order = self._order(stored)
+        return blocks if blocks is None or order is None else blocks.rows(order)
+
+    def _order(self, stored: str) -> npt.NDArray[np.int64] | None:
+        """Where Hugging Face's rows are: in Llama files the halves of each rotary pair are interleaved in a head."""
+        if self.file.metadata["general.architecture"] != "llama" or not re.search(r"attn_[qk]\.weight", stored):
+            return None
+        heads = self.config.heads if "attn_q" in stored else self.config.kv_heads
+        rows = np.arange(self.file.shapes[stored][0])
+        return rows.reshape(heads, -1, 2).swapaxes(1, 2).ravel()
 
     def _stored_name(self, name: str) -> str:
         """``model.layers.3.self_attn.q_proj.bias`` is ``blk.3.attn_q.bias`` here."""
@@ -129,6 +146,9 @@ class SafetensorsSource:
                 return weight.float() + self.config.family.norm_offset if "norm" in name else weight.clone()
         except (OSError, SafetensorError) as error:
             raise BadInputError(f"{file_path}: weight {name!r} cannot be read: {error}") from error
+
+    def blocks(self, name: str) -> None:
+        """None: only GGUF files have them."""
 
 
 def open_model(model: str | Path) -> GgufSource | SafetensorsSource:

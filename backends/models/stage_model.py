@@ -10,8 +10,8 @@ import torch
 
 from backends.models.devices import Device
 from backends.models.engine import Engine, Part
+from backends.models.engines import make_engine
 from backends.models.loading import ModelSource
-from backends.models.torch_engine import TorchEngine
 from backends.sampling import History, Sampling
 from pipesim.errors import BadInputError, InvariantError
 from pipesim.scheduling.cells import CellTable
@@ -46,12 +46,13 @@ class StageModel:
     """Layers ``[first_layer, last_layer)`` of a model, read and kept alone; with the embedding on the first stage, the
     final norm and the LM head on the last.
 
-    ``dtype`` is the type of the matrices. ``threads`` sets PyTorch's threads for the whole process. ``skipped`` layers
-    are left out (a self-draft). ``engine`` computes, on ``device``; tensors come and go in the host's memory.
+    ``dtype`` is the type of the matrices, or ``quantized``: as the GGUF file has them. ``threads`` sets PyTorch's
+    threads for the whole process, too. ``skipped`` layers are left out (a self-draft). ``engine`` computes, on
+    ``device``; which one that is, ``kernels`` says (see ``engines.py``). Tensors come and go in the host's memory.
 
     Raises:
-        BadInputError: the model has no such layers, a weight is missing or of a wrong shape, or nothing is exact in
-            ``dtype`` on the device.
+        BadInputError: the model has no such layers, a weight is missing or of a wrong shape, or ``dtype`` or
+            ``kernels`` cannot be had, or nothing is exact on the device.
     """
 
     def __init__(
@@ -59,23 +60,29 @@ class StageModel:
         source: ModelSource,
         first_layer: int,
         last_layer: int,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = torch.float32,
         threads: int = 1,
         skipped: Collection[int] = (),
         device: Device | None = None,
+        kernels: str = "auto",
     ) -> None:
         part = Part.of(source.config, first_layer, last_layer, tuple(skipped), source.path)
         torch.set_num_threads(threads)
         self.config = source.config
         self.is_first, self.is_last = part.is_first, part.is_last
         self._device = device or Device()
-        self.engine: Engine[Any] = TorchEngine(source, part, dtype, self._device)
+        self.engine: Engine[Any] = make_engine(source, part, dtype, threads, self._device, kernels)
         self._sessions: dict[int, Session] = {}
 
     @property
     def parameters(self) -> int:
         """Weights kept by this stage; a tied embedding counts once, though its LM head may be a copy."""
         return self.engine.parameters
+
+    @property
+    def arithmetic(self) -> str:
+        """As ``Engine``."""
+        return self.engine.arithmetic
 
     def open_session(self, session: int, kv_cells: int, sequences: int, sampling: Sampling) -> None:
         """Reserves ``kv_cells`` KV cells for up to ``sequences`` sequences; their positions stay under ``kv_cells``."""

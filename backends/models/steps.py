@@ -22,7 +22,6 @@ from backends.models.config import ModelConfig
 from backends.models.decoder import (
     KvCache,
     LayerForward,
-    LayerWeights,
     Look,
     RunPlan,
     forward_layer,
@@ -31,6 +30,8 @@ from backends.models.decoder import (
 )
 from backends.models.devices import Device
 from backends.models.exact import BATCHED_BLOCKS, BLOCK, LARGEST_TILE, Tiling, largest, pad_rows, refined
+from backends.models.products import Matrix
+from backends.models.weights import LayerWeights
 from pipesim.scheduling.cells import CellTable
 from pipesim.scheduling.runs import END, Run, RunKind
 
@@ -65,7 +66,7 @@ class Step:
     def __init__(
         self,
         shape: StepShape,
-        layers: Sequence[LayerWeights],
+        layers: Sequence[LayerWeights[Matrix]],
         config: ModelConfig,
         cache: KvCache,
         device: Device,
@@ -119,7 +120,7 @@ class FixedRuns:
 
     def __init__(
         self,
-        layers: Sequence[LayerWeights],
+        layers: Sequence[LayerWeights[Matrix]],
         config: ModelConfig,
         cells: int,
         tiling: Tiling,
@@ -232,6 +233,9 @@ class _RandomModel:
             "k_norm": (c.head_dim,),
         }
 
+    def blocks(self, name: str) -> None:
+        """None: nothing is quantized."""
+
     def read(self, name: str) -> torch.Tensor:
         """Entries of about the size that a trained model's have."""
         *_, part, kind = name.split(".")
@@ -268,7 +272,7 @@ _PROBED_CONTEXT = 3 * BLOCK + 5
 
 
 def _probe_layer(
-    layer: LayerWeights,
+    layer: LayerWeights[Matrix],
     config: ModelConfig,
     rows: torch.Tensor,
     reach: int,

@@ -5,30 +5,27 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from backends.models.decoder import KvCache, plan_run, read_layer, read_weight, run_layers
+from backends.models.decoder import KvCache, plan_run, run_layers
 from backends.models.devices import Device
 from backends.models.engine import Part
 from backends.models.exact import choose_tiling, pad_rows, tiled_linear
-from backends.models.huge_pages import mapped, use_huge_pages
 from backends.models.loading import ModelSource
 from backends.models.products import Matrix, lay_out
 from backends.models.rowwise import rms_norm
 from backends.models.steps import FixedRuns, agreeing_steps
+from backends.models.weights import Weight, WeightReader
 from pipesim.errors import InvariantError
 from pipesim.scheduling.cells import CellTable
 from pipesim.scheduling.runs import Run
-
-_WORTH_HUGE_PAGES = 64e6  # bytes of weights; fewer stay in a cache
 
 
 class TorchEngine:
     """Implements ``Engine``. ``tiling`` reports which row tiles the start-up check found to be exact here.
 
-    ``dtype`` is the type of the matrices; norms, attention and hidden states stay float32. All lie on ``device``; where
-    that wants fixed shapes, the layers are computed in the steps of ``steps.py``.
+    ``dtype`` is the type of the matrices; norms and attention stay float32. With bfloat16, hidden states are rounded to
+    it after every layer, so that it makes no difference where a stage ends. All lie on ``device``; where that wants
+    fixed shapes, the layers are computed in the steps of ``steps.py``.
     """
-
-    hidden_dtype = torch.float32
 
     def __init__(self, source: ModelSource, part: Part, dtype: torch.dtype, device: Device) -> None:
         config, place = part.config, device.place
@@ -37,21 +34,19 @@ class TorchEngine:
         if device.fixed_shapes:
             self.tiling = agreeing_steps(self.tiling, config, dtype, device)
         self._idle: FixedRuns | None = None
-        self._part, self._config, self._dtype = part, config, dtype
-        shared = mapped()
-        self.layers = [read_layer(source, index, dtype, self.tiling.kernel, place) for index in part.kept]
-        table = (config.vocabulary, config.hidden)
+        self._config, self._dtype = config, dtype
+        self.hidden_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+        read = WeightReader(source, dtype, self._lay_out, place)
+        self.layers = [read.layer(index) for index in part.kept]
         self._embedding = self._norm = None
         self.head: Matrix | None = None
         if part.is_first or (part.is_last and config.tied):
-            embedding = read_weight(source, "model.embed_tokens.weight", table, dtype, place)
+            embedding = read.embedding()
+            assert isinstance(embedding, torch.Tensor)
             self._embedding = embedding if part.is_first else None
         if part.is_last:
-            self._norm = read_weight(source, "model.norm.weight", (config.hidden,), torch.float32, place)
-            head = embedding if config.tied else read_weight(source, "lm_head.weight", table, dtype, place)
-            self.head = lay_out(head, self.tiling.kernel)
-        if self.parameters * dtype.itemsize >= _WORTH_HUGE_PAGES:
-            use_huge_pages(besides=shared)
+            self._norm = read.vector("model.norm.weight", config.hidden)
+            self.head = self._lay_out(embedding if config.tied else read.head())
 
     @property
     def arithmetic(self) -> str:
@@ -62,8 +57,13 @@ class TorchEngine:
     def parameters(self) -> int:
         """As in ``Engine``."""
         embedding = None if self._config.tied and self.head is not None else self._embedding
-        others = (embedding, self._norm, self.head)
-        return sum(layer.parameters for layer in self.layers) + sum(one.numel() for one in others if one is not None)
+        parts = [getattr(layer, name) for layer in self.layers for name in layer.__dataclass_fields__]
+        parts += [embedding, self._norm, self.head]
+        return sum(part.numel() for part in parts if isinstance(part, torch.Tensor | Matrix))
+
+    def _lay_out(self, weight: Weight) -> Matrix:
+        assert isinstance(weight, torch.Tensor)
+        return lay_out(weight, self.tiling.kernel)
 
     def open_cache(self, cells: int) -> KvCache | FixedRuns:
         """As in ``Engine``; fixed shapes that were recorded for as large a cache are used again."""
@@ -91,10 +91,11 @@ class TorchEngine:
         """As in ``Engine``."""
         rows = self._enter(run, hidden)
         if isinstance(cache, FixedRuns):
-            return cache.forward(rows, run, cells, table, should_stop)
-        plan = plan_run(run, cells, table, cache, self.tiling)
-        states = run_layers(pad_rows(rows, plan.padded), self.layers, self._config, plan, cache, should_stop)
-        return None if states is None else states[: run.rows]
+            states = cache.forward(rows, run, cells, table, should_stop)
+        else:
+            plan = plan_run(run, cells, table, cache, self.tiling)
+            states = run_layers(pad_rows(rows, plan.padded), self.layers, self._config, plan, cache, should_stop)
+        return None if states is None else states[: run.rows].to(self.hidden_dtype)
 
     def _enter(self, run: Run, hidden: torch.Tensor | None) -> torch.Tensor:
         """The rows that go into the first layer, ``[rows, hidden]``."""
@@ -103,7 +104,7 @@ class TorchEngine:
             return F.embedding(tokens, self._embedding).float() * self._config.embedding_scale
         if hidden is None:
             raise InvariantError("a stage without the embedding was given no hidden states")
-        return self.device.send(hidden).arrived()
+        return self.device.send(hidden).arrived().float()
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -111,5 +112,5 @@ class TorchEngine:
         if self.head is None or self._norm is None:
             raise InvariantError("logits were asked of a stage without the LM head")
         padded, bounds = self.tiling.split(len(hidden))
-        normed = rms_norm(pad_rows(hidden, padded), self._norm, self._config.norm_eps)
+        normed = rms_norm(pad_rows(hidden.float(), padded), self._norm, self._config.norm_eps)
         return tiled_linear(normed, self.head, bounds)[: len(hidden)]

@@ -97,7 +97,9 @@ def generate_command(
     repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: fewer tokens come again.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End the text before this string; may be repeated.")] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16, float16, or quantized, as a GGUF file is.")
+    ] = "float32",
     device: Annotated[
         str | None, typer.Option(help="Where stages compute: cpu, cuda:0, ..; several, by commas, for one each.")
     ] = None,

@@ -82,13 +82,15 @@ class Execution(Section):
     """layer-skip: layers to leave out; null: 5, 12, 17 and 25 of 30, the same depths of other models, the ends kept."""
     hosts: tuple[str | None, ...] | None = Field(default=None, strict=False)
     """host:port of a running stage server for each stage, null to start one here; null: start all here."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Number format of weight matrices; activations are always float32."""
+    dtype: Literal["float32", "bfloat16", "float16", "quantized"] = "float32"
+    """Number format of weight matrices; quantized: a GGUF file's blocks (Q4_0 to Q8_0, Q4_K to Q6_K) as they are."""
     device: Annotated[str | tuple[str | None, ...] | None, BeforeValidator(_devices)] = None
     """Where stages compute: cpu, cuda:0, cuda:1, ..; one for all or one for each stage. null: what the stage server was
     started with, cpu for those started here."""
     drafter_device: Annotated[str, AfterValidator(_device)] = "cpu"
     """Where a draft model computes."""
+    kernels: Literal["auto", "native", "torch"] = "auto"
+    """What computes on CPUs: native kernels, compiled there, or torch's operations; auto: native where possible."""
     threads_per_stage: int = Field(default=1, ge=1)
     """Compute threads of each stage process."""
     startup_timeout_s: float = Field(default=120.0, gt=0)

@@ -88,7 +88,7 @@ async def drafting(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[TestHead]:
     async with node_thread() as address:
         head = TestHead(address, drafter)
         try:
-            await head.control.write(pack(ConfigureDrafter(TOKEN, "slow", "", 160, 100, "float32", 1, None)))
+            await head.control.write(pack(ConfigureDrafter(TOKEN, "slow", "", 160, 100, "float32", "auto", 1, None)))
             assert isinstance(unpack(FROM_NODE, await asyncio.wait_for(head.control.read(), TIMEOUT_S)), Ready)
             await head.drafts.write(TOKEN)
             await head.say(StartText(7, (1, 2, 3), Sampling(), None))

@@ -104,34 +104,49 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelSource]:
     return {name: tiny_source(folder / name, **changes) for name, changes in FAMILY_CONFIGS.items()}
 
 
+KERNELS = ("native", "torch")
+
+
 @pytest.fixture(scope="module")
-def wholes(sources: dict[str, ModelSource]) -> dict[str, StageModel]:
-    return {name: StageModel(source, 0, 4) for name, source in sources.items()}
+def wholes(sources: dict[str, ModelSource]) -> dict[tuple[str, str], StageModel]:
+    """Models by family and kernels; both are PyTorch's where there is no compiler."""
+    return {
+        (name, kernels): StageModel(source, 0, 4, kernels="torch" if kernels == "torch" else "auto")
+        for name, source in sources.items()
+        for kernels in KERNELS
+    }
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     family=st.sampled_from(list(FAMILY_CONFIGS)),
+    kernels=st.sampled_from(KERNELS),
     prompt=st.integers(1, 200),
     sizes=cuts(),
     siblings=st.integers(0, 5),
     seed=st.integers(0, 10),
 )
-@example(family="llama", prompt=63, sizes=[1, 1, 2], siblings=0, seed=0)
-@example(family="llama", prompt=64, sizes=[3, 5], siblings=2, seed=1)
-@example(family="llama", prompt=127, sizes=[2, 8], siblings=5, seed=2)
-@example(family="llama", prompt=60, sizes=[8, 9], siblings=4, seed=3)
-@example(family="llama", prompt=600, sizes=[7, 1], siblings=3, seed=4)
-@example(family="gemma3", prompt=63, sizes=[1, 1, 2], siblings=0, seed=0)
-@example(family="gemma3", prompt=122, sizes=[7, 9], siblings=4, seed=3)
-@example(family="gemma3", prompt=600, sizes=[7, 1], siblings=3, seed=4)
-@example(family="mistral", prompt=130, sizes=[11, 9], siblings=5, seed=5)
-@example(family="qwen2-windows", prompt=60, sizes=[11, 3], siblings=5, seed=6)
-@example(family="qwen3", prompt=127, sizes=[2, 8], siblings=5, seed=2)
+@example(family="llama", kernels="native", prompt=63, sizes=[1, 1, 2], siblings=0, seed=0)
+@example(family="llama", kernels="torch", prompt=64, sizes=[3, 5], siblings=2, seed=1)
+@example(family="llama", kernels="native", prompt=127, sizes=[2, 8], siblings=5, seed=2)
+@example(family="llama", kernels="torch", prompt=60, sizes=[8, 9], siblings=4, seed=3)
+@example(family="llama", kernels="native", prompt=600, sizes=[7, 1], siblings=3, seed=4)
+@example(family="gemma3", kernels="torch", prompt=63, sizes=[1, 1, 2], siblings=0, seed=0)
+@example(family="gemma3", kernels="native", prompt=122, sizes=[7, 9], siblings=4, seed=3)
+@example(family="gemma3", kernels="torch", prompt=600, sizes=[7, 1], siblings=3, seed=4)
+@example(family="mistral", kernels="native", prompt=130, sizes=[11, 9], siblings=5, seed=5)
+@example(family="qwen2-windows", kernels="torch", prompt=60, sizes=[11, 3], siblings=5, seed=6)
+@example(family="qwen3", kernels="native", prompt=127, sizes=[2, 8], siblings=5, seed=2)
 def test_logits_do_not_depend_on_micro_batches_siblings_or_cells(
-    wholes: dict[str, StageModel], family: str, prompt: int, sizes: list[int], siblings: int, seed: int
+    wholes: dict[tuple[str, str], StageModel],
+    family: str,
+    kernels: str,
+    prompt: int,
+    sizes: list[int],
+    siblings: int,
+    seed: int,
 ) -> None:
-    whole = wholes[family]
+    whole = wholes[family, kernels]
     tokens = text(prompt + sum(sizes), 160)
     alone = one_row_at_a_time([whole], tokens[:prompt], tokens[prompt:])
     together = micro_batches([whole], tokens[:prompt], tokens[prompt:], sizes, siblings, seed)
@@ -141,10 +156,13 @@ def test_logits_do_not_depend_on_micro_batches_siblings_or_cells(
 @pytest.mark.parametrize("splits", [(0, 4), (0, 1, 4), (0, 2, 3, 4), (0, 1, 2, 3, 4)])
 @pytest.mark.parametrize("family", FAMILY_CONFIGS)
 def test_logits_do_not_depend_on_the_stage_split(
-    sources: dict[str, ModelSource], wholes: dict[str, StageModel], family: str, splits: tuple[int, ...]
+    sources: dict[str, ModelSource], wholes: dict[tuple[str, str], StageModel], family: str, splits: tuple[int, ...]
 ) -> None:
-    whole = wholes[family]
-    stages = [StageModel(sources[family], first, last) for first, last in itertools.pairwise(splits)]
+    """Both kernels, turn about."""
+    kernels = KERNELS[len(splits) % 2]
+    whole = wholes[family, kernels]
+    asked = "torch" if kernels == "torch" else "auto"
+    stages = [StageModel(sources[family], *layers, kernels=asked) for layers in itertools.pairwise(splits)]
     tokens = text(150, 160)
     assert [stage.is_first for stage in stages] == [True] + [False] * (len(stages) - 1)
     assert [stage.is_last for stage in stages] == [False] * (len(stages) - 1) + [True]
@@ -188,9 +206,11 @@ def test_logits_depend_on_no_run_no_split_and_no_recovery_in_any_dtype(
 
 
 @pytest.mark.parametrize("length", [1, 62, 63, 64, 65, 127, 128, 129, 191, 256, 600])
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_every_row_count_agrees_at_every_kv_size(wholes: dict[str, StageModel], family: str, length: int) -> None:
-    whole = wholes[family]
+@pytest.mark.parametrize(("family", "kernels"), [("llama", "torch"), ("gemma3", "native"), ("gemma3", "torch")])
+def test_every_row_count_agrees_at_every_kv_size(
+    wholes: dict[tuple[str, str], StageModel], family: str, kernels: str, length: int
+) -> None:
+    whole = wholes[family, kernels]
     tokens = text(length + 9, 160)
     alone = one_row_at_a_time([whole], tokens[:length], tokens[length:])
     for size in range(1, 10):
@@ -198,10 +218,11 @@ def test_every_row_count_agrees_at_every_kv_size(wholes: dict[str, StageModel], 
         assert torch.equal(alone, micro_batches([whole], tokens[:length], tokens[length:], sizes, size % 3, size))
 
 
-def test_logits_do_not_depend_on_how_three_threads_share_the_rows(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+def test_logits_do_not_depend_on_how_three_threads_share_the_rows(tmp_path: Path, kernels: str) -> None:
     """11 rows and 4 of a wrong branch have more values between them than one thread takes, and no whole number each."""
     try:
-        whole = StageModel(tiny_source(tmp_path / "wide", intermediate_size=5504), 0, 4, threads=3)
+        whole = StageModel(tiny_source(tmp_path / "wide", intermediate_size=5504), 0, 4, threads=3, kernels=kernels)
         tokens = text(300 + 18, 160)
         alone = one_row_at_a_time([whole], tokens[:300], tokens[300:])
         assert torch.equal(alone, micro_batches([whole], tokens[:300], tokens[300:], [11, 2, 5], 4, 7))
@@ -210,9 +231,10 @@ def test_logits_do_not_depend_on_how_three_threads_share_the_rows(tmp_path: Path
 
 
 @pytest.mark.model
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_real_matrix_shapes_are_exact_too(smollm2: ModelSource, dtype: torch.dtype) -> None:
-    thin = StageModel(smollm2, 0, 30, dtype, skipped=range(2, 30))
+def test_real_matrix_shapes_are_exact_too(smollm2: ModelSource, dtype: torch.dtype, kernels: str) -> None:
+    thin = StageModel(smollm2, 0, 30, dtype, skipped=range(2, 30), kernels=kernels)
     for length, sizes, siblings in [(5, [1, 2, 3], 1), (63, [4, 5], 3), (130, [8, 1, 9], 0), (60, [6, 7], 5)]:
         tokens = text(length + sum(sizes), smollm2.config.vocabulary)
         alone = one_row_at_a_time([thin], tokens[:length], tokens[length:])
@@ -265,8 +287,8 @@ def test_attention_equals_softmax_over_the_visible_cells() -> None:
     torch.testing.assert_close(got, expected)
 
 
-def test_a_row_s_history_is_the_text_of_its_own_branch(wholes: dict[str, StageModel]) -> None:
-    model = wholes["llama"]
+def test_a_row_s_history_is_the_text_of_its_own_branch(wholes: dict[tuple[str, str], StageModel]) -> None:
+    model = wholes["llama", "native"]
     prompt = text(70, 160)
     tree = [(11, 70, 0b0110), (12, 71, PATH), (13, 71, SIBLING), (14, 72, SIBLING), (15, 72, PATH)]
     chain = Chain([model], CELLS)

@@ -69,7 +69,9 @@ def all_logits(model: StageModel, tokens: list[int]) -> torch.Tensor:
 def test_logits_equal_transformers(tmp_path: Path, changes: dict[str, Any]) -> None:
     source = tiny_source(tmp_path / "model", **changes)
     expected = transformers_logits(tmp_path / "model", TOKENS)
-    torch.testing.assert_close(all_logits(StageModel(source, 0, 4), TOKENS), expected, atol=2e-4, rtol=1e-4)
+    for kernels in ("auto", "torch"):
+        got = all_logits(StageModel(source, 0, 4, kernels=kernels), TOKENS)
+        torch.testing.assert_close(got, expected, atol=2e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILY_CONFIGS if name != "llama"])
@@ -81,8 +83,9 @@ def test_logits_of_every_family_equal_transformers(tmp_path: Path, family: str, 
         transformers = pytest.importorskip("transformers")
         folder = tmp_path / "again"
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model").save_pretrained(folder)
-    got = all_logits(StageModel(open_model(folder), 0, 4), TOKENS)
-    torch.testing.assert_close(got, expected, atol=2e-4, rtol=1e-4)
+    for kernels in ("auto", "torch"):
+        got = all_logits(StageModel(open_model(folder), 0, 4, kernels=kernels), TOKENS)
+        torch.testing.assert_close(got, expected, atol=2e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
@@ -208,7 +211,8 @@ def test_loading_a_stage_takes_the_memory_of_its_share_of_the_file(tmp_path: Pat
     assert kept == pytest.approx((whole - tables * table) * 2 / layers + tied * table, rel=1e-3)
     # one matrix of the file at a time, in the file and out of it; two, fused, or the table, beside a kernel's copy
     passing = 6 * matrix + tied * table
-    assert peak < min(1.25 * kept + passing, 0.8 * whole), (
+    huge_pages = 2 * (2 << 20)  # begun, not filled
+    assert peak < min(1.25 * kept + passing + huge_pages, 0.8 * whole), (
         f"{peak / 1e6:.0f} MB for {kept / 1e6:.0f} of {whole / 1e6:.0f} MB"
     )
 
@@ -362,7 +366,7 @@ def test_a_stage_refuses_other_weights_than_the_heads(tmp_path: Path) -> None:
         save_tiny(folder, seed=seed)
     heads = fingerprint(open_model(ours))
     assert fingerprint(open_model(copy)) == heads, "the same files elsewhere are the same model"
-    order = ConfigureStage(b"t" * TOKEN_BYTES, 0, str(copy), heads, 0, 1, "float32", 1)
+    order = ConfigureStage(b"t" * TOKEN_BYTES, 0, str(copy), heads, 0, 1, "float32", "auto", 1)
     assert load_layers(order).config.layers == 4
     with pytest.raises(BadInputError, match="other weights than the head's"):
         load_layers(msgspec.structs.replace(order, model=str(other)))

@@ -66,6 +66,7 @@ class StubLayers:
     """Six layers; each takes until the test lets it go or stops it. Predicts position + 1 for every row."""
 
     is_last = True
+    arithmetic = "stub"
 
     def __init__(self) -> None:
         self.go = threading.Semaphore(0)
@@ -122,7 +123,7 @@ class TestHead:
         self.results: Any = None
 
     async def configure(self) -> None:
-        await self.say(ConfigureStage(TOKEN, 0, "stub", "", 0, LAYERS, "float32", 1))
+        await self.say(ConfigureStage(TOKEN, 0, "stub", "", 0, LAYERS, "float32", "auto", 1))
         assert isinstance(await self.hear(), Ready)
         await self.say(Connect(None))
         assert isinstance(await self.hear(), Connected)
@@ -444,8 +445,8 @@ def test_threads_that_the_machine_has_not_are_refused_and_the_node_lives_on(thre
     async def test() -> None:
         async with serving() as head:
             for order in (
-                ConfigureStage(TOKEN, 0, "stub", "", 0, LAYERS, "float32", threads),
-                ConfigureDrafter(TOKEN, "ngram", "stub", 10, 10, "float32", threads, None),
+                ConfigureStage(TOKEN, 0, "stub", "", 0, LAYERS, "float32", "auto", threads),
+                ConfigureDrafter(TOKEN, "ngram", "stub", 10, 10, "float32", "auto", threads, None),
             ):
                 other = TestHead(head.address, head.layers)
                 await other.say(order)
@@ -512,7 +513,7 @@ def test_a_control_stream_must_begin_with_a_configuration(data: bytes) -> None:
 def test_a_second_head_is_turned_away_while_the_first_is_there() -> None:
     async def test(head: TestHead) -> None:
         other = TestHead(head.address, head.layers)
-        await other.say(ConfigureStage(b"o" * TOKEN_BYTES, 0, "stub", "", 0, LAYERS, "float32", 1))
+        await other.say(ConfigureStage(b"o" * TOKEN_BYTES, 0, "stub", "", 0, LAYERS, "float32", "auto", 1))
         assert await other.control.code() is grpc.StatusCode.FAILED_PRECONDITION
         await other.channel.close()
 
@@ -546,7 +547,7 @@ def test_errors_of_the_layers_reach_the_head_as_bad_input_or_failure() -> None:
 
         async with node_thread(load=broken) as address:
             head = TestHead(address, StubLayers())
-            await head.say(ConfigureStage(TOKEN, 0, "stub", "", 0, LAYERS, "float32", 1))
+            await head.say(ConfigureStage(TOKEN, 0, "stub", "", 0, LAYERS, "float32", "auto", 1))
             answer = await head.hear()
             await head.channel.close()
         assert isinstance(answer, Failed)
@@ -564,7 +565,7 @@ def test_a_broken_link_to_the_successor_is_reported() -> None:
             listener.bind(("127.0.0.1", 0))
             dead = f"127.0.0.1:{listener.getsockname()[1]}"
         async with serving() as head:
-            await head.say(ConfigureStage(TOKEN, 0, "stub", "", 0, LAYERS, "float32", 1))
+            await head.say(ConfigureStage(TOKEN, 0, "stub", "", 0, LAYERS, "float32", "auto", 1))
             assert isinstance(await head.hear(), Ready)
             await head.say(Connect(dead))
             lost = await head.hear()

@@ -10,7 +10,6 @@ import gguf
 import torch
 from safetensors.torch import load_file
 
-from backends.models.decoder import read_layer
 from backends.models.loading import ModelSource, open_model
 from backends.models.random_models import FAMILY_CONFIGS, save_tiny, tiny_config
 from backends.models.stage_model import StageModel
@@ -21,7 +20,6 @@ __all__ = [
     "FAMILY_CONFIGS",
     "Chain",
     "prefill_runs",
-    "read_layer",
     "save_gguf",
     "save_tiny",
     "tiny_config",
@@ -29,8 +27,8 @@ __all__ = [
 ]
 
 
-def save_gguf(folder: Path, file: Path) -> Path:
-    """The tiny model of ``folder`` as a GGUF file in float32, as the usual converters write it."""
+def save_gguf(folder: Path, file: Path, quantization: gguf.GGMLQuantizationType | None = None) -> Path:
+    """The tiny model of ``folder`` as a GGUF file, its matrices quantized or in float32, as converters write it."""
     config = json.loads((folder / "config.json").read_text())
     family, heads = config["model_type"], config["num_attention_heads"]
     architecture = {"mistral": "llama", "gemma3_text": "gemma3"}.get(family, family)
@@ -63,7 +61,11 @@ def save_gguf(folder: Path, file: Path) -> Path:
         if architecture == "llama" and re.search(r"[qk]_proj", name):
             of = heads if "q_proj" in name else config["num_key_value_heads"]
             weight = weight.view(of, 2, -1, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
-        writer.add_tensor(stored, weight.contiguous().numpy())
+        values = weight.contiguous().numpy()
+        if quantization is None or weight.ndim == 1:
+            writer.add_tensor(stored, values)
+        else:
+            writer.add_tensor(stored, gguf.quants.quantize(values, quantization), raw_dtype=quantization)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

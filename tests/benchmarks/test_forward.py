@@ -3,24 +3,18 @@
 ``--runslow`` measures at full size; ``python -m analysis.forward_speed`` writes the figures down.
 """
 
-import platform
-import re
-from pathlib import Path
-
 import pytest
 import torch
 
-from analysis.forward_speed import EAGER, EXACT, FASTEST, FLOOR, UNPACKED, measure
+from analysis.forward_speed import EAGER, EXACT, FASTEST, FLOOR, TORCH, int8_verdict, measure
 from backends.models.exact import choose_tiling
 from backends.models.finding import DEFAULT_MODEL
 from backends.models.loading import ModelSource, open_model
-from backends.models.products import Kernel, available_kernels
-from backends.models.stage_model import StageModel
+from backends.models.native.self_check import kernels_refusal
+from backends.models.products import available_kernels
 from pipesim.errors import BadInputError
 
-
-def _linux() -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", platform.release())[:2])
+needs_kernels = pytest.mark.skipif(bool(kernels_refusal()), reason=f"SKIPPED: {kernels_refusal()}")
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +25,17 @@ def source() -> ModelSource:
         pytest.skip(f"SKIPPED: {error}")
 
 
+@needs_kernels
 @pytest.mark.model
 def test_bfloat16_is_faster_than_transformers_and_not_far_from_reading_the_weights(source: ModelSource) -> None:
     found = measure(source, "bfloat16", rows=(1,), rounds=3)
-    assert found.ratio(EAGER, EXACT) > 1.1
-    assert found.ratio(EXACT, FLOOR) < 6
+    assert found.ratio(EAGER, EXACT) > 1.4
+    assert found.ratio(TORCH, EXACT) > 1.1
+    assert found.ratio(EXACT, FLOOR) < 3
+
+
+def test_int8_with_one_scale_for_all_rows_fails_the_self_check() -> None:
+    assert "changes with the rows beside it" in int8_verdict()
 
 
 @pytest.mark.model
@@ -47,25 +47,16 @@ def test_prepacked_weights_are_used_where_there_are_any(source: ModelSource, dty
     assert tiling.kernel in available_kernels(dtype)
 
 
-@pytest.mark.model
-def test_the_weights_lie_in_huge_pages(source: ModelSource) -> None:
-    """On Linux 6.1 and later, unless they are switched off."""
-    enabled, rollup = Path("/sys/kernel/mm/transparent_hugepage/enabled"), Path("/proc/self/smaps_rollup")
-    if not enabled.exists() or "[never]" in enabled.read_text() or _linux() < (6, 1):
-        pytest.skip("SKIPPED: this machine has no huge pages to ask for")
-    model = StageModel(source, 0, source.config.layers, torch.bfloat16)
-    held = re.search(r"AnonHugePages: +(\d+) kB", rollup.read_text())
-    assert held is not None
-    assert int(held[1]) * 1024 > model.parameters  # half of what they take
-
-
+@needs_kernels
 @pytest.mark.slow
 @pytest.mark.model
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "quantized"])
 def test_the_forward_pass_at_full_size(source: ModelSource, dtype: str) -> None:
     found = measure(source, dtype)
-    if dtype == "bfloat16":  # the aim is 1.4; on a machine that others use it has come out between 1.3 and 1.5
-        assert found.ratio(EAGER, EXACT) > 1.25
-    if found.tiling.kernel is Kernel.PREPACKED:
-        assert all(found.ratio(UNPACKED, EXACT, rows) > 1 for rows in (1, 4, 16))
-    assert all(found.ratio(EXACT, FASTEST, rows) < 1.4 for rows in (1, 4, 16))
+    if dtype == "quantized":
+        assert found.ratio(EXACT, FLOOR) < 4
+        return
+    if dtype == "bfloat16":
+        assert found.ratio(EAGER, EXACT) > 1.4
+        assert found.ratio(EXACT, FLOOR) < 1.7
+    assert all(found.ratio(EXACT, FASTEST, rows) < 1.2 for rows in (1, 4, 16))

@@ -1,0 +1,169 @@
+"""Compiles ``kernels.cpp`` with the machine's compiler, once per user and machine, and calls it through ctypes.
+
+ctypes lets other Python threads run during a call.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from pipesim.errors import BadInputError
+
+_SOURCE = Path(__file__).with_name("kernels.cpp")
+_FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared", "-w")
+_TUNED = (("-march=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())
+"""Tried in this order: not every compiler knows all."""
+
+_COMPILE_TIMEOUT_S = 120
+VERSION = 1
+"""Of what the functions take."""
+
+Int, Float, Pointer = ctypes.c_int32, ctypes.c_float, ctypes.c_void_p
+
+
+class Matrix(ctypes.Structure):
+    """See ``kernels.cpp``, as of all structures here."""
+
+    _fields_ = (
+        ("codes", Pointer),
+        ("scales", Pointer),
+        ("mins", Pointer),
+        ("format", Int),
+        ("outputs", Int),
+        ("inputs", Int),
+        ("block", Int),
+        ("half_scales", Int),
+        ("zero", Int),
+    )
+
+
+class Config(ctypes.Structure):
+    """Sizes and constants."""
+
+    _fields_ = (
+        *((name, Int) for name in ("hidden", "heads", "kv_heads", "head_dim", "intermediate", "gelu")),
+        ("round_hidden", Int),
+        ("threads", Int),
+        ("norm_eps", Float),
+        ("query_scale", Float),
+    )
+
+
+class Layer(ctypes.Structure):
+    """Weights of a layer; vectors are float32, null where the family has none."""
+
+    _fields_ = (
+        *((name, Matrix) for name in ("qkv", "output", "gate_up", "down")),
+        *((name, Pointer) for name in ("attention_norm", "qkv_bias", "qk_norm", "post_attention_norm")),
+        *((name, Pointer) for name in ("mlp_norm", "post_mlp_norm")),
+    )
+
+
+class Rows(ctypes.Structure):
+    """A run: where its rows are and what they see."""
+
+    _fields_ = (
+        ("rows", Int),
+        ("prefix_count", Int),
+        *((name, Pointer) for name in ("positions", "cells", "prefix", "tails", "tail_ends")),
+    )
+
+
+class Look(ctypes.Structure):
+    """A run in layers of one kind."""
+
+    _fields_ = (
+        *((name, Int) for name in ("window", "block_count", "first_block", "last_block")),
+        *((name, Pointer) for name in ("blocks", "cosines", "sines", "frequencies")),
+    )
+
+
+class Cells(ctypes.Structure):
+    """Keys and values of a layer."""
+
+    _fields_ = (("keys", Pointer), ("values", Pointer), ("cells", Int))
+
+
+_FUNCTIONS: dict[str, tuple[type | None, tuple[type, ...]]] = {
+    "pipesim_variant": (ctypes.c_char_p, ()),
+    "pipesim_has_threads": (Int, ()),
+    "pipesim_linear": (None, (Pointer, Pointer, Int, Pointer, Int)),
+    "pipesim_embed": (None, (Pointer, Pointer, Int, Float, Pointer)),
+    "pipesim_look": (None, (Pointer, Pointer, Pointer, Pointer)),
+    "pipesim_layer": (None, (Pointer, Pointer, Pointer, Pointer, Pointer, Pointer)),
+    "pipesim_head": (None, (Pointer, Pointer, Pointer, Pointer, Int, Pointer)),
+}
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    """The compiled kernels; compiling takes some ten seconds, the first time.
+
+    Raises:
+        BadInputError: there is no compiler here, or it cannot compile them.
+    """
+    compiler = _compiler()
+    version = _run([*compiler, "--version"]).stdout
+    key = hashlib.blake2b(digest_size=12)
+    for part in (_SOURCE.read_text(), " ".join(compiler), version, platform.machine(), _cpu_flags(), str(_FLAGS)):
+        key.update(part.encode() + b"\0")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pipesim"
+    library = cache / f"kernels-{key.hexdigest()}.so"
+    if not library.exists():
+        _compile(compiler, library)
+    try:
+        kernels = ctypes.CDLL(str(library))
+    except OSError as error:
+        raise BadInputError(f"the compiled kernels cannot be loaded: {error}; delete {library}") from error
+    for name, (result, arguments) in _FUNCTIONS.items():
+        function = getattr(kernels, name)
+        function.restype, function.argtypes = result, arguments
+    return kernels
+
+
+def _compiler() -> list[str]:
+    named = shlex.split(os.environ.get("CXX", ""))
+    candidates = [named] if named else [[name] for name in ("c++", "g++", "clang++")]
+    for command in candidates:
+        if shutil.which(command[0]):
+            return command
+    raise BadInputError(f"no C++ compiler: {' or '.join(' '.join(one) for one in candidates)} is not installed")
+
+
+def _run(command: list[str]) -> "subprocess.CompletedProcess[str]":
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_TIMEOUT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BadInputError(f"{' '.join(command[:2])} failed: {error}") from error
+
+
+def _compile(compiler: list[str], library: Path) -> None:
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            made = Path(folder) / library.name
+            for tuned in _TUNED:
+                done = _run([*compiler, *_FLAGS, *tuned, "-o", str(made), str(_SOURCE)])
+                if done.returncode == 0:
+                    made.replace(library)  # at once: another process may look for it
+                    return
+    except OSError as error:
+        raise BadInputError(f"the kernels cannot be kept in {library.parent}: {error}") from error
+    message = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip())
+    raise BadInputError(f"{' '.join(compiler)} cannot compile {_SOURCE.name}: {message[:200]}")
+
+
+def _cpu_flags() -> str:
+    """What ``-march=native`` goes by: a home folder may be shared by unlike machines."""
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return platform.processor()
+    wanted = ("flags", "Features", "model name", "CPU part")
+    return "\n".join(dict.fromkeys(line for line in info.read_text().splitlines() if line.startswith(wanted)))
