@@ -52,7 +52,7 @@ class MemoryReader:
     """Stands in for a stage's layers: reads 16 MB again and again, for 5 ms a run. Its model's name is a width."""
 
     def __init__(self, order: ConfigureStage) -> None:
-        self.is_last = order.stage == 1
+        self.is_last, self.arithmetic = order.stage == 1, "none"
         self._width = int(order.model)
         self._weights = torch.ones(4_000_000)
 
@@ -118,7 +118,9 @@ async def _pipeline(addresses: Sequence[str], width: int) -> AsyncIterator[Pipel
         pipeline.stages.append(Node(f"stage {index}", address, None, pipeline.node_failed, pipeline.link_lost))
     try:
         for index, stage in enumerate(pipeline.stages):
-            await stage.configure(ConfigureStage(pipeline.token, index, str(width), "", index, index + 1, "float32", 1))
+            await stage.configure(
+                ConfigureStage(pipeline.token, index, str(width), "", index, index + 1, "float32", "auto", 1)
+            )
         await pipeline.connect()
         yield pipeline
     finally:
