@@ -42,7 +42,7 @@ def test_texts_are_no_monotony_and_speculation_was_at_work(outcomes: list[Outcom
     assert table["accepted"].sum() > 100
     assert table["verified"].sum() > 1.2 * table["accepted"].sum(), "rejected drafts matter as much"
     assert table["forks"].sum() > 50
-    assert table["void_spans"].sum() > 50
+    assert table["void_spans"].sum() > 15  # the faster the stages, the fewer
     assert {"length", "stop string"} <= set(table["end"])
 
 
