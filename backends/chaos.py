@@ -41,11 +41,11 @@ def check_faults(faults: Sequence[Fault], hosts: Sequence[str | None]) -> None:
 
 
 @contextlib.asynccontextmanager
-async def faults_under_way(faults: Sequence[Fault], pipeline: Pipeline) -> AsyncIterator[None]:
-    """Carries ``faults`` out, their times counted from now; what has not begun by the end never happens."""
+async def faults_under_way(faults: Sequence[Fault], pipeline: Pipeline, after_s: float = 0.0) -> AsyncIterator[None]:
+    """Carries ``faults`` out, their times counted from ``after_s`` on; what has not begun by the end never happens."""
 
     async def carry_out(fault: Fault) -> None:
-        await asyncio.sleep(1e-3 * fault.start_ms)
+        await asyncio.sleep(after_s + 1e-3 * fault.start_ms)
         await ACTIONS[type(fault)](fault, pipeline)
 
     tasks = [asyncio.create_task(carry_out(fault)) for fault in faults if type(fault) in ACTIONS]

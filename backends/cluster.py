@@ -65,6 +65,7 @@ class Recovery:
 class ClusterPlan:
     """All that it takes to bring a pipeline up, and to replace what it loses.
 
+    ``emulated`` are the parts of an emulated cluster, stages in order and the drafter: see ``emulation.to_bytes``.
     ``spares`` are addresses of servers that take the place of lost ones, in this order.
     """
 
@@ -74,6 +75,7 @@ class ClusterPlan:
     dtype: str = "float32"
     kernels: str = "auto"
     threads: int = 1
+    emulated: tuple[bytes, ...] = ()
     startup_timeout_s: float = 120.0
     recovery: Recovery = Recovery()
     spares: tuple[str, ...] = ()
@@ -308,6 +310,7 @@ class Assembly:
             kernels=plan.kernels,
             threads=plan.threads,
             device=part.device,
+            emulated=plan.emulated[index] if plan.emulated else None,
         )
 
     def _drafter(self, part: DrafterPart, process: NodeProcess) -> Node:
@@ -326,4 +329,5 @@ class Assembly:
             threads=self._plan.threads,
             skip_layers=part.skip_layers,
             device=part.device,
+            emulated=self._plan.emulated[-1] if self._plan.emulated else None,
         )

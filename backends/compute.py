@@ -53,6 +53,16 @@ class ComputeLoop:
         if self._news.poll(0):
             self._turn(_TURNS)
 
+    def ring(self) -> None:
+        """Ends a :meth:`pause`: what the job waits for may have changed."""
+        self._loop.stop()
+
+    def pause(self, seconds: float) -> None:
+        """Called by a job: handles what arrives for so long, or until :meth:`ring`."""
+        end = self._loop.call_later(seconds, self._loop.stop)
+        self._loop.run_forever()
+        end.cancel()
+
     def run(self, main: Coroutine[Any, Any, None]) -> None:
         """Runs ``main`` to its end, and the jobs that are submitted meanwhile."""
         task = self._loop.create_task(main)

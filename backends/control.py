@@ -4,7 +4,7 @@ from typing import Annotated, TypeVar
 
 import msgspec
 
-from backends.frames import TOKEN_BYTES, FrameError
+from backends.frames import TOKEN_BYTES, FrameError, Hop
 from backends.sampling import Sampling
 from pipesim.errors import BadInputError
 from pipesim.scheduling.commands import RequestDraft
@@ -17,7 +17,8 @@ class ConfigureStage(msgspec.Struct, frozen=True, tag="configure-stage", forbid_
     """Head -> node, first: become stage ``stage`` with layers ``[first_layer, last_layer)`` of ``model``.
 
     ``fingerprint`` is that of the head's own weights: those of a stage must be the same. ``device`` is None for the
-    one that the node was started with.
+    one that the node was started with. ``emulated``: an ``emulation.EmulatedStage``, to whose pace sessions that want
+    it are kept.
     """
 
     token: _Token
@@ -30,13 +31,14 @@ class ConfigureStage(msgspec.Struct, frozen=True, tag="configure-stage", forbid_
     kernels: str
     threads: int
     device: str | None = None
+    emulated: bytes | None = None
 
 
 class ConfigureDrafter(msgspec.Struct, frozen=True, tag="configure-drafter", forbid_unknown_fields=True):
     """Head -> node, first: become the drafter ``drafter`` (ngram, layer-skip, planted, or a draft model).
 
     ``model`` is the target, with ``vocabulary`` tokens; texts have up to ``max_context`` tokens. ``skip_layers`` are
-    those of layer-skip (None: its own choice).
+    those of layer-skip (None: its own choice). ``emulated``: as for a stage, an ``EmulatedDrafter``.
     """
 
     token: _Token
@@ -49,6 +51,7 @@ class ConfigureDrafter(msgspec.Struct, frozen=True, tag="configure-drafter", for
     threads: int
     skip_layers: tuple[int, ...] | None
     device: str = "cpu"
+    emulated: bytes | None = None
 
 
 class Connect(msgspec.Struct, frozen=True, tag="connect", forbid_unknown_fields=True):
@@ -67,11 +70,12 @@ class Reset(msgspec.Struct, frozen=True, tag="reset", forbid_unknown_fields=True
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel", forbid_unknown_fields=True):
-    """Head -> stage: these runs are dead."""
+    """Head -> stage: these runs are dead; in an emulated cluster from the end of ``hop`` on."""
 
     session: int
     epoch: int
     run_ids: tuple[int, ...]
+    hop: Hop | None = None
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat", forbid_unknown_fields=True):
@@ -123,12 +127,16 @@ class Planted(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class StartText(msgspec.Struct, frozen=True, tag="start", forbid_unknown_fields=True):
-    """Head -> drafter: a new text begins with ``prompt``; ``sampling`` is the target's."""
+    """Head -> drafter: a new text begins with ``prompt``; ``sampling`` is the target's.
+
+    ``origin``: its drafts are those of an emulated cluster, whose time 0 this is on the drafter's clock, in seconds.
+    """
 
     session: int
     prompt: tuple[int, ...]
     sampling: Sampling
     planted: Planted | None
+    origin: float | None = None
 
 
 class ExtendText(msgspec.Struct, frozen=True, tag="extend", forbid_unknown_fields=True):
@@ -139,10 +147,14 @@ class ExtendText(msgspec.Struct, frozen=True, tag="extend", forbid_unknown_field
 
 
 class DraftOrder(msgspec.Struct, frozen=True, tag="order", forbid_unknown_fields=True):
-    """Head -> drafter: draft a tree; the first ``request.frontier`` tokens are known by now."""
+    """Head -> drafter: draft a tree; the first ``request.frontier`` tokens are known by now.
+
+    ``hop``: how it comes in an emulated cluster.
+    """
 
     session: int
     request: RequestDraft
+    hop: Hop | None = None
 
 
 class EndText(msgspec.Struct, frozen=True, tag="end", forbid_unknown_fields=True):
@@ -169,13 +181,17 @@ class TraceReply(msgspec.Struct, frozen=True, tag="traced", forbid_unknown_field
 
 
 class DraftReply(msgspec.Struct, frozen=True, tag="draft", forbid_unknown_fields=True):
-    """Drafter -> head: the tree (None: abandoned), and from when to when it was drafted, on the drafter's clock."""
+    """Drafter -> head: the tree (None: abandoned), and from when to when it was drafted, on the drafter's clock.
+
+    ``hops``: of an emulated cluster, the request's and, unless it was abandoned, the answer's.
+    """
 
     session: int
     request_id: int
     tree: DraftTree | None
     start: float
     end: float
+    hops: tuple[Hop, ...] = ()
 
 
 ToNode = ConfigureStage | ConfigureDrafter | Connect | Reset | Cancel | Heartbeat

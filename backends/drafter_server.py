@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from backends.compute import ComputeLoop
 from backends.control import (
@@ -31,6 +31,9 @@ from backends.logs import event, name_node
 from pipesim.errors import InvariantError
 from pipesim.scheduling.commands import RequestDraft
 
+if TYPE_CHECKING:
+    from backends.pacing import DrafterPace
+
 _log = logging.getLogger(__name__)
 
 
@@ -46,6 +49,7 @@ class DrafterLease(Lease):
         self._order = order
         self._loaded: Drafter | None = None
         self._texts: dict[int, Drafter] = {}
+        self._paces: dict[int, DrafterPace] = {}  # by session
         compute.submit(self._load, self.fail)
 
     def _load(self) -> None:
@@ -62,7 +66,23 @@ class DrafterLease(Lease):
         if not isinstance(message, ExtendText):
             self._latest[message.session] = self._received
         number = self._received
-        self.compute.submit(lambda: self._carry_out(message, number), self.fail)
+        if isinstance(message, StartText):
+            self._new_pace(message)
+        pace = self._paces.get(message.session)
+        if isinstance(message, DraftOrder) and message.hop and pace:
+            order = pace.order(message.hop)
+            self.compute.ring()
+            self.compute.submit(lambda: self._keep_pace(message, pace, order), self.fail)
+        else:
+            self.compute.submit(lambda: self._carry_out(message, number), self.fail)
+
+    def _new_pace(self, message: StartText) -> None:
+        if message.origin is not None and self._order.emulated is not None:
+            from backends.emulation import EmulatedDrafter, from_bytes
+            from backends.pacing import DrafterPace
+
+            part = from_bytes(EmulatedDrafter, self._order.emulated)
+            self._paces[message.session] = DrafterPace(part, len(message.prompt), message.origin)
 
     async def answer(self, context: Any) -> None:
         """Sends the replies, until :meth:`hang_up`."""
@@ -107,6 +127,7 @@ class DrafterLease(Lease):
         if session in self._texts:
             self._texts.pop(session).end()
         self._latest.pop(session, None)
+        self._paces.pop(session, None)
 
     def _trace(self, message: TraceText, number: int) -> None:
         def abandoned() -> bool:
@@ -140,6 +161,21 @@ class DrafterLease(Lease):
             ms=1e3 * (end - start),
         )
         return DraftReply(session, request.request_id, tree, start, end)
+
+    def _keep_pace(self, order: DraftOrder, pace: "DrafterPace", number: int) -> None:
+        """Drafts as the drafter of an emulated cluster: overtaken when that would be."""
+        if self.closed or self.failed:
+            return
+        self.compute.checkpoint()
+        request, drafter = order.request, self._text(order.session)
+        levels, tree = 1, None
+        if begun := pace.begin(number, request.frontier + len(request.path)):
+            tree = drafter.draft(request, lambda: self.closed or pace.is_overtaken(number, levels))
+            levels = drafter.levels if tree else request.max_nodes
+        nodes = len(tree.tokens) if tree else 0
+        start, end, abandoned, hops = pace.leave(number, begun, levels, nodes, self.compute.pause, lambda: self.closed)
+        reply = DraftReply(order.session, request.request_id, None if abandoned else tree, start, end, hops)
+        self._replies.put_nowait(reply)
 
 
 def load_drafter(order: ConfigureDrafter) -> Drafter:

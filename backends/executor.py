@@ -6,7 +6,7 @@ import dataclasses
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -14,11 +14,13 @@ from typing import TextIO
 from backends.chaos import check_faults, faults_under_way
 from backends.cluster import DRAFTERS, ClusterPlan, DrafterPart, Recovery, running_pipeline, stage_parts
 from backends.control import Planted
+from backends.emulation import PacedHead, emulated_parts, to_bytes
 from backends.head import Head
 from backends.logs import configure_logging, name_node
 from backends.models.config import ModelConfig
 from backends.models.finding import KNOWN_MODELS, is_hub_name
 from backends.models.loading import open_model
+from backends.pacing import LEAD_S
 from backends.pipeline import Pipeline
 from backends.placement import split_layers
 from backends.probing import Drafts, Prober, Text
@@ -63,11 +65,16 @@ class _Job:
 
     def cluster(self) -> ClusterPlan:
         scenario, execution = self.scenario, self.scenario.execution
+        layers: Sequence[int] = [plan.layers for plan in scenario.stages()]
+        emulated: tuple[bytes, ...] = ()
+        if execution.emulate:
+            stages, drafting = emulated_parts(scenario)
+            emulated = (*(to_bytes(stage) for stage in stages), to_bytes(drafting))
+            layers = split_layers(self.config, len(layers)) if execution.stand_in else layers
         limit = len(self.started.prompt) + self.started.max_new_tokens
         drafter = DrafterPart(
             execution.drafter, self.config.vocabulary, limit, execution.skip_layers, execution.drafter_device
         )
-        layers = [plan.layers for plan in scenario.stages()]
         return ClusterPlan(
             model=self.model,
             stages=stage_parts(layers, execution.hosts, execution.devices(len(layers))),
@@ -75,10 +82,15 @@ class _Job:
             dtype=execution.dtype,
             kernels=execution.kernels,
             threads=execution.threads_per_stage,
+            emulated=emulated,
             startup_timeout_s=execution.startup_timeout_s,
             recovery=Recovery(execution.recovery.attempts, execution.recovery.timeout_s),
             spares=execution.spares,
         )
+
+    def paced(self) -> PacedHead | None:
+        """The head of the emulated cluster, if it is one."""
+        return PacedHead(self.scenario) if self.scenario.execution.emulate else None
 
     def stream(self) -> TextStream:
         return self.tokenizer.stream(self.scenario.workload.stop)
@@ -159,17 +171,13 @@ class GrpcExecutor:
 
 def _prepare(scenario: Scenario) -> _Job:
     """Checks the scenario against the model. Raises BadInputError naming the field."""
-    source = open_model(scenario.model.name)
+    name = scenario.execution.stand_in or scenario.model.name
+    source = open_model(name)
     config, workload = source.config, scenario.workload
-    for field, real in (("layers", config.layers), ("hidden", config.hidden), ("vocabulary", config.vocabulary)):
-        if getattr(scenario.model, field) != real:
-            raise BadInputError(
-                f"model.{field} = {getattr(scenario.model, field)}, but {scenario.model.name} has {real}: correct it"
-            )
-    if scenario.model.activation_bytes != 4:
-        raise BadInputError(
-            f"model.activation_bytes = {scenario.model.activation_bytes}: real stages exchange float32, 4 bytes"
-        )
+    if scenario.execution.emulate:
+        emulated_parts(scenario)
+    if scenario.execution.stand_in is None:
+        _check_model(scenario, config)
     check_faults(scenario.faults, scenario.execution.hosts or [None] * len(scenario.stages()))
     if workload.prompt is None:
         raise BadInputError("workload.prompt: a real run needs the prompt's text")
@@ -185,7 +193,7 @@ def _prepare(scenario: Scenario) -> _Job:
     if len(prompt) + workload.max_new_tokens > config.max_context:
         raise BadInputError(
             f"workload: {len(prompt)} prompt tokens and max_new_tokens = {workload.max_new_tokens} exceed the context "
-            f"of {config.max_context} tokens that {scenario.model.name} has: shorten the prompt or generate fewer"
+            f"of {config.max_context} tokens that {name} has: shorten the prompt or generate fewer"
         )
     stop = () if workload.ignore_eos else tokenizer.eos_ids
     sampling = Sampling(
@@ -198,7 +206,6 @@ def _prepare(scenario: Scenario) -> _Job:
     )
     started = GenerationStarted(prompt, workload.max_new_tokens, stop)
     # a known name each machine finds for itself; a path must lead to the same files everywhere
-    name = scenario.model.name
     model = name if name in KNOWN_MODELS or is_hub_name(name) else str(source.path.resolve())
     return _Job(scenario, model, config, tokenizer, started, sampling)
 
@@ -221,6 +228,20 @@ def _check_device(field: str, device: str, dtype: str) -> None:
             open_device(device, dtype)
         except BadInputError as error:
             raise BadInputError(f"{field}: {error}") from None
+
+
+def _check_model(scenario: Scenario, config: ModelConfig) -> None:
+    """Raises BadInputError if the model section does not describe the model that is loaded."""
+    for field, real in (("layers", config.layers), ("hidden", config.hidden), ("vocabulary", config.vocabulary)):
+        if getattr(scenario.model, field) != real:
+            raise BadInputError(
+                f"model.{field} = {getattr(scenario.model, field)}, but {scenario.model.name} has {real}: correct it, "
+                "or let it stand in for another model in an emulated cluster (execution.stand_in)"
+            )
+    if scenario.model.activation_bytes != 4 and not scenario.execution.emulate:
+        raise BadInputError(
+            f"model.activation_bytes = {scenario.model.activation_bytes}: real stages exchange float32, 4 bytes"
+        )
 
 
 def _check_draft_model(scenario: Scenario, tokenizer: ModelTokenizer) -> None:
@@ -283,8 +304,9 @@ async def _stream(
         show(piece)
         return stream.ended
 
-    head = Head(pipeline, recorder, on_tokens)
-    async with faults_under_way(job.scenario.faults, pipeline):
+    paced = job.paced() if handling is None else None  # the first generations, which warm up, need no pace
+    head = Head(pipeline, recorder, on_tokens, paced)
+    async with faults_under_way(job.scenario.faults, pipeline, LEAD_S if paced else 0.0):
         await head.generate(job.started, job.sampling, planted)
     if handling is not None:
         handling += head.handling

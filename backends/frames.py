@@ -67,6 +67,26 @@ class StageStamp(NamedTuple):
     received_bytes: int
 
 
+class Hop(NamedTuple):
+    """A message of an emulated cluster on a link, and what the stage behind it adds: nanoseconds since the prompt.
+
+    What the model says: ``start`` and ``sent`` of ``size`` bytes, ``arrival``; ``begin`` and ``end`` of the run there.
+    What was really so: ``received``, ``computed``, ``left``; and ``late_calls``, by how much cancellations since the
+    frame before came after their modelled arrival.
+    """
+
+    start: int
+    sent: int
+    arrival: int
+    size: int
+    received: int = -1
+    begin: int = -1
+    end: int = -1
+    computed: int = -1
+    left: int = -1
+    late_calls: tuple[int, ...] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class Activation:
     """Hidden states ``[rows, hidden]`` as raw little-endian bytes."""
@@ -78,12 +98,16 @@ class Activation:
 
 @dataclass(frozen=True, slots=True)
 class OpenFrame:
-    """Every stage prepares the session: so many KV cells, so many sequences, and how the last stage picks tokens."""
+    """Every stage prepares the session: so many KV cells, so many sequences, and how the last stage picks tokens.
+
+    ``origins``: the runs are those of an emulated cluster, whose time 0 this is on each stage's clock, in seconds.
+    """
 
     session: Session
     kv_cells: int
     sequences: int
     sampling: Sampling
+    origins: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,16 +119,21 @@ class RunFrame:
     activation: Activation | None = None
     void: bool = False
     stamps: tuple[StageStamp, ...] = ()
+    hops: tuple[Hop, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class ResultFrame:
-    """A run comes home: one predicted token per output row, ``None`` if it was void; and every stage's stamp."""
+    """A run comes home: one predicted token per output row, ``None`` if it was void; and every stage's stamp.
+
+    ``hops``: of an emulated cluster; the last one leads home.
+    """
 
     session: Session
     run_id: int
     predictions: tuple[int, ...] | None
     stamps: tuple[StageStamp, ...]
+    hops: tuple[Hop, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,13 +163,14 @@ class _Remove(msgspec.Struct, array_like=True, tag="remove", forbid_unknown_fiel
     stop: _Stop
 
 
-class _OpenMetadata(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
+class _OpenMetadata(msgspec.Struct, array_like=True, forbid_unknown_fields=True, omit_defaults=True):
     kv_cells: Annotated[int, msgspec.Meta(ge=1, lt=MAX_KV_CELLS)]
     sequences: Annotated[int, msgspec.Meta(ge=1, lt=2**20)]
     sampling: Sampling
+    origins: tuple[float, ...] | None = None
 
 
-class _RunMetadata(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
+class _RunMetadata(msgspec.Struct, array_like=True, forbid_unknown_fields=True, omit_defaults=True):
     kind: RunKind
     tokens: Annotated[list[_Index], _Rows]
     positions: Annotated[list[_Index], _Rows]
@@ -150,11 +180,13 @@ class _RunMetadata(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     dtype: str
     width: _Index
     stamps: list[StageStamp]
+    hops: list[Hop] = []
 
 
-class _ResultMetadata(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
+class _ResultMetadata(msgspec.Struct, array_like=True, forbid_unknown_fields=True, omit_defaults=True):
     predictions: Annotated[list[_Index], _Rows] | None
     stamps: list[StageStamp]
+    hops: list[Hop] = []
 
 
 _Metadata = TypeVar("_Metadata", _OpenMetadata, _RunMetadata, _ResultMetadata)
@@ -168,9 +200,9 @@ def encode(frame: Frame) -> bytes:
     """One frame as bytes. Raises FrameError if it would be longer than ``MAX_FRAME_BYTES``."""
     run_id, metadata, payload = 0, b"", b""
     match frame:
-        case OpenFrame(_, kv_cells, sequences, sampling):
+        case OpenFrame(_, kv_cells, sequences, sampling, origins):
             kind = FrameKind.OPEN
-            metadata = _encoder.encode(_OpenMetadata(kv_cells, sequences, sampling))
+            metadata = _encoder.encode(_OpenMetadata(kv_cells, sequences, sampling, origins))
         case RunFrame():
             kind = FrameKind.VOID if frame.void else FrameKind.RUN
             run_id = frame.run.run_id
@@ -180,10 +212,10 @@ def encode(frame: Frame) -> bytes:
                 )
             metadata = _encoder.encode(_run_metadata(frame))
             payload = bytes(frame.activation.data) if frame.activation and not frame.void else b""
-        case ResultFrame(_, run_id, predictions, stamps):
+        case ResultFrame(_, run_id, predictions, stamps, hops):
             kind = FrameKind.RESULT
             known = None if predictions is None else list(predictions)
-            metadata = _encoder.encode(_ResultMetadata(known, list(stamps)))
+            metadata = _encoder.encode(_ResultMetadata(known, list(stamps), list(hops)))
         case ReleaseFrame():
             kind = FrameKind.RELEASE
     token, number, epoch = frame.session
@@ -217,10 +249,10 @@ def decode(data: bytes) -> Frame:
         if kind == FrameKind.RESULT:
             result = _result_decoder.decode(metadata)
             known = None if result.predictions is None else tuple(result.predictions)
-            return ResultFrame(session, run_id, known, tuple(result.stamps))
+            return ResultFrame(session, run_id, known, tuple(result.stamps), tuple(result.hops))
         if kind == FrameKind.OPEN:
             opened = _open_decoder.decode(metadata)
-            return OpenFrame(session, opened.kv_cells, opened.sequences, opened.sampling)
+            return OpenFrame(session, opened.kv_cells, opened.sequences, opened.sampling, opened.origins)
     except (msgspec.DecodeError, BadInputError, ValueError) as error:
         raise FrameError(f"bad metadata in a frame of kind {kind}, run {run_id}: {error}") from error
     if kind == FrameKind.RELEASE and not metadata:
@@ -266,6 +298,7 @@ def _run_metadata(frame: RunFrame) -> _RunMetadata:
         dtype=activation.dtype if activation else "",
         width=activation.shape[1] if activation else 0,
         stamps=list(frame.stamps),
+        hops=list(frame.hops),
     )
 
 
@@ -302,4 +335,4 @@ def _run_frame(session: Session, run_id: int, void: bool, metadata: _RunMetadata
                 f"run {run_id}: {run.rows} x {metadata.width} {metadata.dtype} are {expected} bytes, not {len(payload)}"
             )
         activation = Activation(metadata.dtype, (run.rows, metadata.width), payload)
-    return RunFrame(session, run, activation, void, tuple(metadata.stamps))
+    return RunFrame(session, run, activation, void, tuple(metadata.stamps), tuple(metadata.hops))

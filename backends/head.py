@@ -7,9 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 from backends.control import DraftOrder, DraftReply, EndText, ExtendText, Planted, StartText, TraceReply
-from backends.frames import Frame, OpenFrame, ReleaseFrame, ResultFrame, RunFrame
+from backends.emulation import PacedHead
+from backends.frames import Frame, Hop, OpenFrame, ReleaseFrame, ResultFrame, RunFrame
 from backends.logs import event
 from backends.node import Node
+from backends.pacing import LEAD_S, HeadPace
 from backends.pipeline import DrafterBack, Pipeline
 from backends.sampling import Sampling
 from pipesim.calibration.observations import HeadSample
@@ -43,11 +45,16 @@ class Head:
     """One generation on ``pipeline``. A pipeline serves one head after another, as long as each comes to its end.
 
     ``on_tokens`` hears committed tokens at once. It answers None, or after how many tokens of the generation the text
-    has come to a stop string.
+    has come to a stop string. ``emulated``: the generation keeps to the times of another cluster, whose parts the
+    pipeline's nodes were told.
     """
 
     def __init__(
-        self, pipeline: Pipeline, recorder: Recorder, on_tokens: Callable[[tuple[int, ...]], int | None]
+        self,
+        pipeline: Pipeline,
+        recorder: Recorder,
+        on_tokens: Callable[[tuple[int, ...]], int | None],
+        emulated: PacedHead | None = None,
     ) -> None:
         self._pipeline = pipeline
         self._recorder = recorder
@@ -64,6 +71,8 @@ class Head:
         self._released = False
         self.handling: list[HeadSample] = []
         """What each event took to handle."""
+        self._emulated = emulated
+        self._pace: HeadPace | None = None
         self._stopped_after: int | None = None
 
     async def generate(self, started: GenerationStarted, sampling: Sampling, planted: Planted | None = None) -> None:
@@ -91,9 +100,14 @@ class Head:
 
     async def _run(self, started: GenerationStarted) -> None:
         scheduler = self._recorder.scheduler
-        commands = self._recorder.handle(started, time.monotonic())
+        submitted = time.monotonic() + (LEAD_S if self._emulated else 0.0)
+        if self._emulated:
+            self._pace = HeadPace(self._emulated, self._pipeline.inbox(self._session), submitted)
+        commands = self._recorder.handle(started, submitted)
         self._open()
         self._tell_drafter()
+        if self._pace:
+            await self._pace.until_start()
         self._carry_out(commands)
         while not self._released:
             happened = self._due.popleft() if self._due else await self._next_event()
@@ -105,11 +119,14 @@ class Head:
                 self._released = scheduler.released  # stages that are reset forget the session by themselves
                 if not self._released:
                     await self._recover()
+        if self._pace:
+            self._recorder.paced(self._pace.samples)
         if self._drafts:
             self._order(EndText(self._session.number))
 
     async def _next_event(self) -> Event | None:
-        news = await self._pipeline.inbox(self._session).get()
+        inbox = self._pipeline.inbox(self._session)
+        news = await (self._pace.next() if self._pace else inbox.get())
         if isinstance(news, PipesimError):
             return self._note_loss(news)
         what, size = news
@@ -127,14 +144,17 @@ class Head:
             match command:
                 case SubmitRun(run):
                     self._log(logging.DEBUG, "run submitted", run=run.run_id, kind=run.kind, rows=run.rows)
-                    self._sent(0, self._pipeline.send(RunFrame(self._session, run)))
+                    hops = (self._pace.model.submit(run),) if self._pace else ()
+                    self._sent(0, self._pipeline.send(RunFrame(self._session, run, hops=hops)), *hops)
                 case RequestDraft():
-                    self._order(DraftOrder(self._session.number, command))
+                    hop = self._pace.model.request(command) if self._pace else None
+                    self._order(DraftOrder(self._session.number, command, hop))
                 case CancelRuns(run_ids):
                     self._log(logging.DEBUG, "runs cancelled", runs=run_ids)
-                    size = self._pipeline.cancel(self._session, run_ids)
+                    calls = self._pace.model.cancel(len(run_ids)) if self._pace else []
+                    size = self._pipeline.cancel(self._session, run_ids, calls)
                     for stage in self._names[1:-1]:
-                        self._recorder.link_sent(f"head to {stage} (control)", size)
+                        self._recorder.link_sent(f"head to {stage} (control)", calls[0].size if calls else size)
                 case EmitTokens(_, tokens):
                     self._attempts = 0
                     self._log(logging.DEBUG, "tokens committed", tokens=tokens)
@@ -147,7 +167,10 @@ class Head:
 
     def _open(self) -> None:
         scheduler = self._recorder.scheduler
-        opening = OpenFrame(self._session, scheduler.kv_cells, scheduler.sequences, self._sampling)
+        origins = None
+        if self._pace:
+            origins = tuple(self._pace.origin + stage.clock_offset for stage in self._pipeline.stages)
+        opening = OpenFrame(self._session, scheduler.kv_cells, scheduler.sequences, self._sampling, origins)
         self._log(logging.INFO, "session begins", kv_cells=scheduler.kv_cells, text=scheduler.generation.frontier)
         self._sent(0, self._pipeline.send(opening))
 
@@ -162,13 +185,17 @@ class Head:
         if self._drafts and drafter and drafter is not self._drafter and drafter.watched:
             self._drafter = drafter
             text = tuple(self._recorder.scheduler.generation.text)
-            self._order(StartText(self._session.number, text, self._sampling, self._planted))
+            origin = self._pace.origin + drafter.clock_offset if self._pace else None
+            self._order(StartText(self._session.number, text, self._sampling, self._planted, origin))
 
     def _order(self, message: StartText | ExtendText | DraftOrder | EndText) -> None:
         if not self._drafts:
             raise InvariantError("the policy asks for drafts, but the pipeline was started without a drafter")
         if self._drafter and not self._drafter.failure:
-            self._recorder.link_sent("head to drafter", self._pipeline.order(message))
+            size = self._pipeline.order(message)
+            if self._pace:  # the model's drafter hears of new text with requests only
+                size = message.hop.size if isinstance(message, DraftOrder) and message.hop else 0
+            self._recorder.link_sent("head to drafter", size)
         elif isinstance(message, DraftOrder):
             self._due.append(DraftReturned(message.request.request_id, _NO_DRAFT))
 
@@ -202,6 +229,8 @@ class Head:
             await self._restore(pipeline.failure)
         self._session = pipeline.renewed(self._session, scheduler.generation.epoch + 1)
         self._open()
+        if self._pace:
+            self._pace.catch_up()
         self._due.append(PipelineRestored())
 
     async def _restore(self, error: PipesimError) -> None:
@@ -227,6 +256,8 @@ class Head:
             self._drafter_attempts = 0
         offset = self._drafter.clock_offset
         tokens = len(reply.tree.tokens) if reply.tree else 0
+        if self._pace:
+            size = sum(hop.size for hop in reply.hops[1:])
         self._recorder.link_sent("drafter to head", size)
         self._recorder.draft_span(reply.request_id, reply.start - offset, reply.end - offset, tokens)
         return DraftReturned(reply.request_id, reply.tree) if reply.tree is not None else None
@@ -236,7 +267,8 @@ class Head:
             return None  # it was on its way when the pipeline broke
         if frame.session != self._session:
             raise InvariantError(f"a frame of session {frame.session.number} came home in {self._session.number}")
-        self._sent(len(self._names) - 2, size)
+        hops = frame.hops if isinstance(frame, ResultFrame) else ()
+        self._sent(len(self._names) - 2, size, *hops[-1:])
         if isinstance(frame, ReleaseFrame):
             self._released = True
         if not isinstance(frame, ResultFrame):
@@ -248,12 +280,15 @@ class Head:
             stage.last_run = frame.run_id
             self._recorder.stage_span(stamp.stage, frame.run_id, stamp.start - offset, stamp.end - offset, stamp.void)
             if stamp.stage:
-                self._sent(stamp.stage, stamp.received_bytes)
+                self._sent(stamp.stage, stamp.received_bytes, *hops[stamp.stage : stamp.stage + 1])
         self._log(logging.DEBUG, "run returned", run=frame.run_id, void=frame.predictions is None)
         return RunReturned(frame.run_id, frame.predictions)
 
     def _log(self, level: int, what: str, **fields: Any) -> None:
         event(_logger, level, what, session=self._session.number, epoch=self._session.epoch, **fields)
 
-    def _sent(self, hop: int, size: int) -> None:
+    def _sent(self, hop: int, size: int, *modelled: Hop) -> None:
+        """Counts a frame's bytes; in an emulated cluster those of the model, which knows of runs alone."""
+        if self._pace:
+            size = sum(one.size for one in modelled)
         self._recorder.link_sent(f"{self._names[hop]} to {self._names[hop + 1]}", size)

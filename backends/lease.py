@@ -129,7 +129,8 @@ class StageLease(Lease):
 
         start = time.monotonic()
         layers = load(order)
-        self._worker = StageWorker(order.stage, layers, self.compute.checkpoint)
+        compute = self.compute
+        self._worker = StageWorker(order.stage, layers, compute.checkpoint, compute.pause, order.emulated)
         event(
             *(_log, logging.INFO, "loaded"),
             model=order.model,
@@ -142,8 +143,9 @@ class StageLease(Lease):
     def handle(self, message: ToNode) -> None:
         """Takes one message of the head."""
         match message:
-            case Cancel(session, epoch, run_ids) if self._worker:
-                self._worker.cancel(session, epoch, run_ids)
+            case Cancel(session, epoch, run_ids, hop) if self._worker:
+                self._worker.cancel(session, epoch, run_ids, hop)
+                self.compute.ring()
             case Connect(successor) if self._worker and not self.passage.link:
                 self.passage.link = asyncio.create_task(self._serve_link(self.passage, successor))
             case Reset(token) if self._worker:
@@ -157,6 +159,7 @@ class StageLease(Lease):
         self.passage.close()
         self.passage = Passage()
         worker.abandon()
+        self.compute.ring()
 
         def forget() -> None:
             worker.close()
@@ -168,15 +171,15 @@ class StageLease(Lease):
         """Queues one frame from the predecessor. Raises FrameError if it sends more than may ever be in flight."""
         if self.compute.waiting >= MAX_WAITING:
             raise FrameError(f"{MAX_WAITING} frames wait here: the sender does not heed what may be in flight")
-        passage = self.passage
-        self.compute.submit(lambda: self._compute(passage, frame, received_bytes), self.fail)
+        passage, received = self.passage, time.monotonic()
+        self.compute.submit(lambda: self._compute(passage, frame, received_bytes, received), self.fail)
 
-    def _compute(self, passage: Passage, frame: Frame, received_bytes: int) -> None:
+    def _compute(self, passage: Passage, frame: Frame, received_bytes: int, received: float) -> None:
         if self.failed or self.closed or passage is not self.passage:
             return
         if self._worker is None:
             raise FrameError(f"stage {self._stage} got a frame before it was ready")
-        passage.outgoing.put_nowait(encode(self._worker.handle(frame, received_bytes)))
+        passage.outgoing.put_nowait(encode(self._worker.handle(frame, received_bytes, received)))
 
     def link_lost(self, passage: Passage, neighbour: int, reason: str) -> None:
         """A data stream broke; the head finds out whose fault it is."""
@@ -216,6 +219,7 @@ class StageLease(Lease):
         super().close()
         if self._worker:
             self._worker.abandon()
+            self.compute.ring()
             self.compute.submit(self._worker.close, self.fail)
         self.passage.close()
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import secrets
 import time
@@ -20,7 +21,7 @@ from backends.control import (
     pack,
     unpack,
 )
-from backends.frames import TOKEN_BYTES, Frame, FrameError, Session, decode, encode
+from backends.frames import TOKEN_BYTES, Frame, FrameError, Hop, Session, decode, encode
 from backends.logs import event
 from backends.node import Node
 from backends.outbox import Outbox
@@ -244,10 +245,13 @@ class Pipeline:
             self._frames.put_nowait(data)
         return len(data)
 
-    def cancel(self, session: Session, run_ids: Sequence[int]) -> int:
-        """Tells every stage that runs are dead; returns the size of one such message in bytes."""
-        order = Cancel(session.number, session.epoch, tuple(run_ids))
-        return max(stage.send(order) for stage in self.stages)
+    def cancel(self, session: Session, run_ids: Sequence[int], hops: Sequence[Hop] = ()) -> int:
+        """Tells every stage that runs are dead; returns the size of one such message in bytes.
+
+        ``hops``: how the word comes to each of the stages of an emulated cluster.
+        """
+        orders = [Cancel(session.number, session.epoch, tuple(run_ids), hop) for hop in hops or (None,)]
+        return max(stage.send(order) for stage, order in zip(self.stages, itertools.cycle(orders), strict=False))
 
     def order(self, message: ToDrafter) -> int:
         """Sends a message to the drafter; returns its size in bytes."""

@@ -9,10 +9,12 @@ from typing import Protocol
 import torch
 
 from backends.control import ConfigureStage
+from backends.emulation import EmulatedStage, from_bytes
 from backends.frames import (
     Activation,
     Frame,
     FrameError,
+    Hop,
     OpenFrame,
     ReleaseFrame,
     ResultFrame,
@@ -24,6 +26,7 @@ from backends.logs import event
 from backends.models.devices import DTYPES, open_device
 from backends.models.loading import fingerprint, open_model
 from backends.models.stage_model import StageModel
+from backends.pacing import StagePace, Wait
 from backends.sampling import Sampling
 from pipesim.errors import BadInputError
 from pipesim.scheduling.runs import Run
@@ -91,9 +94,17 @@ class StageWorker:
     """Turns each arriving frame into the frame that leaves. Sessions know nothing of each other.
 
     ``checkpoint`` is called between layers; it may come back with calls of :meth:`cancel` and :meth:`abandon`.
+    ``emulated``, with ``pause``, keeps sessions that want it to the pace of another machine.
     """
 
-    def __init__(self, stage: int, layers: Layers, checkpoint: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        stage: int,
+        layers: Layers,
+        checkpoint: Callable[[], None],
+        pause: Wait | None = None,
+        emulated: bytes | None = None,
+    ) -> None:
         self.last_run = -1
         self._stage = stage
         self._layers = layers
@@ -102,12 +113,20 @@ class StageWorker:
         self._cancelled: dict[int, set[tuple[int, int]]] = {}  # session number -> its (epoch, run id)
         self._abandoned = False
         self._closed = -1  # the newest session that is over
+        self._pause = pause
+        self._emulated = from_bytes(EmulatedStage, emulated) if emulated else None
+        self._paces: dict[int, StagePace] = {}  # by session
 
-    def cancel(self, session: int, epoch: int, run_ids: Sequence[int]) -> None:
+    def cancel(self, session: int, epoch: int, run_ids: Sequence[int], hop: Hop | None = None) -> None:
         """Declares runs dead, whether they have arrived yet or not; one that has passed is left alone.
 
-        The head's word may overtake the session's first frame.
+        The head's word may overtake the session's first frame. In an emulated cluster it counts from the end of ``hop``
+        on.
         """
+        if hop is not None:
+            if pace := self._paces.get(session):
+                pace.cancel(run_ids, hop)
+            return
         course = self._open.get(session)
         if course is None and session <= self._closed:
             return
@@ -127,29 +146,34 @@ class StageWorker:
         self._cancelled.clear()
         self._abandoned = False
 
-    def handle(self, frame: Frame, received_bytes: int) -> Frame:
+    def handle(self, frame: Frame, received_bytes: int, received: float = 0.0) -> Frame:
         """Carries out one frame and returns what goes on to the successor, or home from the last stage.
+
+        It was here at ``received``, on our clock; only an emulated stage needs to know that.
 
         Raises:
             FrameError: the frame does not fit what came before it (I2).
             PipesimError: the layers refuse it.
         """
         match frame:
-            case OpenFrame(session, kv_cells, sequences, sampling):
+            case OpenFrame(session, kv_cells, sequences, sampling, origins):
                 if session.number in self._open:  # a new epoch begins with empty cells
                     self._close(session.number)
                 self._layers.open_session(session.number, kv_cells, sequences, sampling)
                 self._open[session.number] = _Course(session)
+                if origins and self._emulated:  # links and times go on over a new epoch
+                    self._paces.setdefault(session.number, StagePace(self._emulated, origins[self._stage]))
                 self.last_run = -1
                 event(_log, logging.INFO, "session opened", session=session.number, epoch=session.epoch)
                 return frame
             case ReleaseFrame(session):
                 self._expect(session)
                 self._close(session.number)
+                self._paces.pop(session.number, None)
                 self._closed = max(self._closed, session.number)
                 return frame
             case RunFrame():
-                return self._run(frame, received_bytes)
+                return self._run(frame, received_bytes, received)
             case ResultFrame():
                 raise FrameError(f"run {frame.run_id}: a result came down the pipeline, only runs may")
 
@@ -164,7 +188,7 @@ class StageWorker:
             raise FrameError(f"session {session.number} epoch {session.epoch} is not open on stage {self._stage}")
         return course
 
-    def _run(self, frame: RunFrame, received_bytes: int) -> Frame:
+    def _run(self, frame: RunFrame, received_bytes: int, received: float) -> Frame:
         start = time.monotonic()
         run, session = frame.run, frame.session
         course = self._expect(session)
@@ -175,18 +199,26 @@ class StageWorker:
         key = (session.epoch, run.run_id)
         cancelled = self._cancelled.setdefault(session.number, set())
 
+        pace = self._paces.get(session.number) if frame.hops else None
+        if pace:
+            pace.begin(frame, received)
+
         def should_stop() -> bool:
             self._checkpoint()
-            return self._abandoned or key in cancelled
+            return self._abandoned or (pace.is_dead() if pace else key in cancelled)
 
         cells = self._layers.admit(session.number, run)
         output = None
         if not frame.void and not should_stop():
             hidden = _to_tensor(frame.activation) if frame.activation else None
             output = self._layers.forward(session.number, run, hidden, cells, should_stop)
+        end, hops = time.monotonic(), frame.hops
+        if pace and self._pause:
+            predictions = len(output) if isinstance(output, list) else 0
+            start, end, dead, hops = pace.leave(predictions, self._pause, lambda: self._abandoned)
+            output = None if dead else output
         course.computing = False
         cancelled.discard(key)
-        end = time.monotonic()
         void = output is None
         stamps = (*frame.stamps, StageStamp(self._stage, start, end, void, received_bytes))
         event(
@@ -201,9 +233,9 @@ class StageWorker:
         if self._layers.is_last:
             if isinstance(output, torch.Tensor):
                 raise FrameError(f"run {run.run_id}: the last stage computed activations instead of tokens")
-            return ResultFrame(session, run.run_id, None if output is None else tuple(output), stamps)
+            return ResultFrame(session, run.run_id, None if output is None else tuple(output), stamps, hops)
         activation = _from_tensor(output) if isinstance(output, torch.Tensor) else None
-        return RunFrame(session, run, activation, void, stamps)
+        return RunFrame(session, run, activation, void, stamps, hops)
 
 
 def _to_tensor(activation: Activation) -> torch.Tensor:

@@ -20,7 +20,7 @@ from pipesim.scheduling.commands import (
 from pipesim.scheduling.events import Event, GenerationStarted, RunReturned, StopStringMet
 from pipesim.scheduling.runs import Run
 from pipesim.scheduling.scheduler import Scheduler
-from pipesim.trace import DraftSpan, Emission, Latency, RunRecord, StageSpan, Trace
+from pipesim.trace import DraftSpan, Emission, Latency, PaceSample, RunRecord, StageSpan, Trace
 
 
 class Observer(ABC):
@@ -139,6 +139,7 @@ class Recorder(Observer):
         self._latencies: list[Latency] = []
         self._spans: list[tuple[int, int, float, float, bool]] = []
         self._drafts: list[tuple[int, float, float, int]] = []
+        self._pace: tuple[PaceSample, ...] = ()
 
     def stage_span(self, stage: int, run_id: int, start: float, end: float, void: bool) -> None:
         """A run left a stage."""
@@ -151,6 +152,10 @@ class Recorder(Observer):
     def latency(self, latency: Latency) -> None:
         """How the time until the newest emission was spent; from the first on or never."""
         self._latencies.append(latency)
+
+    def paced(self, samples: Sequence[PaceSample]) -> None:
+        """How well an emulated cluster kept its pace; its times count from the prompt."""
+        self._pace = tuple(samples)
 
     def _submitted(self, run: Run, now: float) -> None:
         self._runs[run.run_id] = (run, now)
@@ -208,6 +213,7 @@ class Recorder(Observer):
                 Emission(at(time), emitted.position, emitted.tokens, latency)
                 for (time, emitted), latency in zip(self._emissions, latencies, strict=True)
             ),
+            pace=self._pace,
         )
 
 

@@ -116,11 +116,28 @@ class Emission:
 
 
 @dataclass(frozen=True, slots=True)
+class PaceSample:
+    """How well an emulated cluster kept one of its times.
+
+    ``part``: stage, link, drafter or head. Asked for at ``since_s``, it was due at ``due_s``, and really happened at
+    ``done_s``; a link's message that really came earlier was held until then. ``overrun``: the real computation took
+    longer than the modelled one. Of a control link only ``done_s - due_s`` is known, or 0.
+    """
+
+    part: str
+    since_s: float
+    due_s: float
+    done_s: float
+    overrun: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Trace:
     """Everything that metrics, plots and exports are derived from.
 
     ``finished_s``: the user has all tokens; ``drained_s``: nothing is in flight any more; ``None`` if it never
     came to that. ``link_bytes`` is keyed by link name. ``finish_reason`` is ``None`` for an unfinished generation.
+    ``pace`` says of a real run on an emulated cluster how well that was emulated: see ``pipesim.pace``.
     """
 
     policy: str
@@ -137,6 +154,7 @@ class Trace:
     drafts: tuple[DraftSpan, ...]
     runs: tuple[RunRecord, ...]
     emissions: tuple[Emission, ...]
+    pace: tuple[PaceSample, ...] = ()
 
     @property
     def tokens(self) -> tuple[int, ...]:

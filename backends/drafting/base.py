@@ -29,6 +29,7 @@ class Drafter(ABC):
     def __init__(self) -> None:
         self.text: list[int] = []
         self.sampling = Sampling()
+        self.levels = 0  # of the newest draft
 
     def another(self) -> Self:
         """A drafter of the same kind for another text at the same time; weights are shared, texts and caches are not.
@@ -66,7 +67,8 @@ class Drafter(ABC):
 
         try:
             self.prepare(context, request, abandoned)
-            tree, _ = grow_tree(candidates, request.max_nodes, request.branches, request.cutoff, request.split)
+            limits = (request.max_nodes, request.branches, request.cutoff, request.split)
+            tree, self.levels = grow_tree(candidates, *limits)
         except Abandoned:
             return None
         return tree

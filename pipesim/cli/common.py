@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, TextIO
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
 from pipesim.errors import BadInputError, PipesimError
 from pipesim.metrics import LatencyShares, Metrics, compute_metrics
+from pipesim.pace import Pace, judge
 from pipesim.perfetto import write_perfetto
 from pipesim.scenario import Scenario, StageSummary
 from pipesim.scenario_file import load_scenario
@@ -204,6 +206,8 @@ def result(
         shown["stages"] = [dataclasses.asdict(stage) for stage in stages]
     if bound is not None:
         shown["bound"] = bound.as_dict(metrics.e2e_s)
+    if pace := judge(trace.pace):
+        shown["pace"] = pace.as_dict()
     return shown
 
 
@@ -227,8 +231,31 @@ def report(
             Console().print(metrics_table(trace, metrics, bound))
             if stages:
                 Console().print(stages_table(stages))
+            if pace := judge(trace.pace):
+                Console().print(pace_table(pace))
+    warn_of_pace(judge(trace.pace))
     write_files(trace, trace_file, plot_file, window)
     fail([problem for problem in [early_end(trace)] if problem])
+
+
+def pace_table(pace: Pace) -> Table:
+    """How well an emulated cluster kept its times."""
+    table = Table(title="emulation: lateness of what was due", box=box.SIMPLE_HEAD)
+    for heading in ("part", "events", "asked ms", "got ms", "late p50", "p95", "max ms", "overruns"):
+        table.add_column(heading, justify="left" if heading == "part" else "right", no_wrap=True)
+    for part in pace.parts:
+        spans = ["-" if ms is None else f"{ms:.2f}" for ms in (part.requested_ms, part.achieved_ms)]
+        late = [f"{ms:.2f}" for ms in part.late_ms]
+        table.add_row(part.part, str(part.events), *spans, *late, f"{part.overruns:.1%}")
+    return table
+
+
+def warn_of_pace(pace: Pace | None) -> None:
+    """Says on stderr if an emulated cluster could not keep its pace."""
+    if pace and not pace.kept:
+        diagnostic("warning: this machine could not keep the emulated cluster's pace: its figures mean nothing")
+        for problem in pace.problems:
+            diagnostic(f"  {problem}")
 
 
 def write_files(

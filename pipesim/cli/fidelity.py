@@ -21,9 +21,12 @@ from pipesim.cli.common import (
     app,
     check_outputs,
     diagnostic,
+    fail,
     failures,
     load,
+    pace_table,
     printing,
+    warn_of_pace,
     writing,
 )
 from pipesim.cli.real import LOOK_UP_SETTINGS, executor_with_logs, interruptible, read_hosts
@@ -31,6 +34,7 @@ from pipesim.cli.streaming import TextScreen
 from pipesim.errors import BadInputError, InvariantError
 from pipesim.event_log import replay
 from pipesim.executors import Executor, Measurement
+from pipesim.pace import judge
 from pipesim.scenario import Calibration, Scenario
 from pipesim.scenario_file import apply_overrides, build_scenario
 
@@ -183,7 +187,8 @@ def compare_command(
     """Hold the simulator against reality: measure costs on a real pipeline, predict, run for real, show both.
 
     The prediction never sees the runs it is compared with. A scenario with a `calibration` is predicted from that
-    profile alone. Every real run must give plain decoding's text, and its event log must replay exactly.
+    profile alone, an emulated cluster from its own costs. Every real run must give plain decoding's text, and its event
+    log must replay exactly.
 
     Verdicts: *agrees*, where several real runs and the prediction's interval cannot be told apart (*too noisy*, if the
     runs spread by more than a fifth); *within* 10 % of their median; *deviates*, further off.
@@ -196,7 +201,9 @@ def compare_command(
     loaded = load(scenario, overrides, seed)
     check_outputs(html_file, profile_file, plot=plot_file)
     if rounds is None:
-        rounds = 0 if isinstance(loaded.calibration, Calibration) else _ROUNDS
+        rounds = 0 if isinstance(loaded.calibration, Calibration) or loaded.execution.emulate else _ROUNDS
+    if rounds and loaded.execution.emulate:
+        raise BadInputError(f"--rounds {rounds}: an emulated cluster has the costs of the file, leave it out")
     if profile_file and not rounds:
         raise BadInputError("--profile: nothing is measured in 0 rounds, use --rounds or leave it out")
     executor = executor_with_logs(log_level, log_file)
@@ -215,6 +222,7 @@ def compare_command(
     prediction = predict(measured, measurement.observed.acceptance)
     traces = [run.trace for run in measurement.runs]
     figures = compare(prediction, traces, measurement.observed.acceptance.tokens)
+    pace = judge([sample for trace in traces for sample in trace.pace])
     shown = {
         "scenario": str(scenario),
         "policy": loaded.policy.name,
@@ -224,6 +232,8 @@ def compare_command(
         "calibration": _evidence(measured),
         "metrics": {name: dataclasses.asdict(figure) for name, figure in figures.items()},
     }
+    if pace:
+        shown["pace"] = pace.as_dict()
     with printing():
         if as_json:
             print(json.dumps(shown, allow_nan=False))
@@ -231,8 +241,13 @@ def compare_command(
             console = Console()
             console.width = max(console.width, _TABLE_WIDTH)
             console.print(_comparison_table(loaded, figures, repeats))
+            if pace:
+                console.print(pace_table(pace))
             print(closing_note(measured, repeats))
     _draw(prediction, measurement, shown, closing_note(measured, repeats), html_file, plot_file)
+    if pace and not pace.kept:
+        warn_of_pace(pace)
+        fail(["the comparison says nothing: use a smaller execution.stand_in, fewer stages, or a faster machine"])
 
 
 @app.command("report")

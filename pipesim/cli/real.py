@@ -224,7 +224,8 @@ def execute_command(
 ) -> None:
     """Run a scenario for real: its stages are processes over gRPC, its text is a model's.
 
-    Costs, links, devices and acceptance of the file belong to the simulation and are not emulated.
+    Costs, links, devices and acceptance of the file belong to the simulation, unless execution.emulate is true: then
+    real processes keep to the times of the cluster described.
 
     Example: pipesim execute scenarios/demo.yaml --set policy.name=autoregressive --plot out.png
     """

@@ -174,6 +174,11 @@ class Scenario(Section):
                 f"execution.skip_layers: only layer-skip leaves layers out, execution.drafter is "
                 f"{execution.drafter!r}: remove it, or change the drafter"
             )
+        if execution.stand_in is not None and not execution.emulate:
+            yield (
+                f"execution.stand_in = {execution.stand_in!r}: only an emulated cluster takes another model's times: "
+                "set execution.emulate, or name the model in model.name"
+            )
         if 0 < self.workload.temperature < _LOWEST_TEMPERATURE:
             yield (
                 f"workload.temperature = {self.workload.temperature}: "

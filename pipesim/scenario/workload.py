@@ -93,6 +93,12 @@ class Execution(Section):
     """What computes on CPUs: native kernels, compiled there, or torch's operations; auto: native where possible."""
     threads_per_stage: int = Field(default=1, ge=1)
     """Compute threads of each stage process."""
+    emulate: bool = False
+    """Keep every stage, the drafter, the head and every message to the times of cluster and faults, at the least: real
+    layers, real gRPC and real text at another cluster's pace."""
+    stand_in: str | None = None
+    """emulate: the model that computes in the place of model.name, its layers spread evenly; times and messages stay
+    those of the model section. null: model.name itself."""
     startup_timeout_s: float = Field(default=120.0, gt=0)
     """How long stages may take to load and connect."""
     recovery: Recovery = Recovery()

@@ -11,6 +11,7 @@ from pipesim.scheduling.tree import Candidate, grow_tree
 from pipesim.simulation.acceptance import Truth
 from pipesim.simulation.devices import Call, Clock, Device
 from pipesim.simulation.sharing import FairDevice, Job
+from pipesim.simulation.times import DraftTimes
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,15 +39,11 @@ class DrafterServer:
         self._truth = truth
         self._record = observer.draft_span
         self._answer = answer
-        self._level_ns = plan.level_ms * 1e6
-        self._cell_ns = plan.cell_ms * 1e6
-        self._request = round(plan.request_ms * 1e6)
-        self._level = 0  # of the job
-        self._setup = round(plan.prefill_per_token_ms * 1e6 * len(truth.prompt))
+        self._times = DraftTimes(plan, len(truth.prompt))
         self._waiting: DraftJob | None = None
         self._job: DraftJob | None = None
         self._draft: DraftReturned | None = None  # what the job will bring, None while it waits for a core
-        self._start = self._levels_start = self._end = 0
+        self._start = self._end = 0
         self._work: Job | None = None  # on a fair device
         self._levels = 0
 
@@ -56,11 +53,9 @@ class DrafterServer:
         if self._job is None:
             self._next()
         elif self._work is not None and isinstance(self._device, FairDevice):
-            self._device.shorten(self._work, max(1, self._levels), self._work.work - self._levels * self._level)
+            self._device.shorten(self._work, max(1, self._levels), self._work.work - self._levels * self._times.level)
         elif self._draft is not None and self._clock.now < self._end:
-            worked = max(0, self._clock.now - self._levels_start)
-            levels = -(-worked // self._level) if self._level else 0
-            boundary = self._levels_start + levels * self._level
+            boundary = self._times.cut(self._clock.now)
             if boundary < self._end:
                 self._end = boundary
                 self._clock.at(boundary, self._finish)
@@ -85,13 +80,11 @@ class DrafterServer:
         tree, levels = grow_tree(candidates, request.max_nodes, request.branches, request.cutoff, request.split)
         self._draft = DraftReturned(request.request_id, tree)
         self._start = self._clock.now
-        self._level = round(self._level_ns + self._cell_ns * first)
-        before, self._setup, self._levels = self._setup + self._request, 0, levels
+        self._times.begin(self._start, first)
+        self._levels, self._end = levels, self._times.end(levels)
         if isinstance(self._device, FairDevice):
-            self._work = self._device.start(before + levels * self._level, self._finish)
+            self._work = self._device.start(self._end - self._start, self._finish)
             return
-        self._levels_start = self._start + before
-        self._end = self._levels_start + levels * self._level
         self._clock.at(self._end, self._finish)
 
     def _finish(self, _: Call) -> None:

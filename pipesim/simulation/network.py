@@ -191,10 +191,17 @@ def losses(chance: float, packets: int, loss: Course, time: int, pause: int) -> 
 
 
 class Network:
-    """All links of a scenario. ``shared``: its fair devices, by name."""
+    """All links of a scenario. ``shared``: its fair devices, by name.
+
+    Without a ``clock`` they tell passages up to the device that they lead to; an interface there is not taken into
+    account, because only who receives the messages of all links knows their order.
+    """
 
     def __init__(
-        self, scenario: Scenario, clock: Clock, shared: Mapping[str, FairDevice] = MappingProxyType({})
+        self,
+        scenario: Scenario,
+        clock: Clock | None = None,
+        shared: Mapping[str, FairDevice] = MappingProxyType({}),
     ) -> None:
         self._clock = clock
         self._scenario = scenario
@@ -218,7 +225,7 @@ class Network:
         leaves_device = plan.source != plan.target
         egress = self._egress.get(plan.source or "") if leaves_device else None
         ingress = self._ingress.get(plan.target or "") if leaves_device else None
-        if ingress:
+        if ingress and self._clock is not None:
             return EnteringLink(self._clock, ingress, plan, faults, seed, egress)
         link = make_link(plan, faults, seed, egress)
         shared = None if leaves_device else self._shared.get(plan.source or "")

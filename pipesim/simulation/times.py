@@ -1,11 +1,11 @@
-"""How long a run occupies a stage: asked by the simulated stage, and by real ones that emulate a slower machine.
+"""How long runs and drafts take: asked by simulated stages and drafters, and by real ones that emulate slower machines.
 
 All times are whole nanoseconds since the prompt; nothing here knows what time it is.
 """
 
 import math
 
-from pipesim.scenario import StagePlan
+from pipesim.scenario import DraftPlan, StagePlan
 from pipesim.scheduling.runs import Run
 from pipesim.simulation.courses import Course, work_end
 
@@ -36,3 +36,33 @@ class StageTimes:
             return min(end, next((math.ceil(boundary) for boundary in boundaries if boundary >= died), end))
         done = -(-max(0, died - start) * layers // work)
         return start - (-done * work // layers)
+
+
+class DraftTimes:
+    """The times of one drafter, a draft at a time; it reads a prompt of so many tokens before the first.
+
+    ``level``: what a level of the draft at hand takes.
+    """
+
+    def __init__(self, plan: DraftPlan, prompt_tokens: int) -> None:
+        self.level = 0
+        self._level_ns = plan.level_ms * 1e6
+        self._cell_ns = plan.cell_ms * 1e6
+        self._request = round(plan.request_ms * 1e6)
+        self._setup = round(plan.prefill_per_token_ms * 1e6 * prompt_tokens)
+        self._levels_start = 0
+
+    def begin(self, start: int, position: int) -> None:
+        """A draft is taken up whose first token stands at ``position``."""
+        self.level = round(self._level_ns + self._cell_ns * position)
+        self._levels_start = start + self._setup + self._request
+        self._setup = 0
+
+    def end(self, levels: int) -> int:
+        """When so many levels are drafted."""
+        return self._levels_start + levels * self.level
+
+    def cut(self, overtaken: int) -> int:
+        """When a draft stops that a newer request overtakes: at the next boundary between levels."""
+        worked = max(0, overtaken - self._levels_start)
+        return self.end(-(-worked // self.level) if self.level else 0)

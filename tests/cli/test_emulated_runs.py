@@ -1,0 +1,88 @@
+"""Emulated clusters on real processes: bounds that hold on a machine as busy as it likes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from pipesim.cli import app
+from pipesim.executors import find_executor
+from pipesim.pace import judge
+from pipesim.scenario_file import load_scenario
+from pipesim.simulation.acceptance import RecordedTruth
+from pipesim.simulation.pipeline import simulate
+from pipesim.trace import PaceSample
+
+
+@pytest.fixture(scope="module")
+def file(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two stages of a large model, for which the tiny one stands in."""
+    raw: dict[str, Any] = {
+        "model": {"name": "large", "layers": 32, "hidden": 4096, "vocabulary": 32000, "activation_bytes": 2},
+        "cluster": {
+            "stages": [{"repeat": 2, "cost": {"kind": "linear", "constant_ms": 20, "per_token_ms": 0.5}}],
+            "head": {"overhead_ms": 0.5},
+            "drafter": {"level_ms": 4},
+            "links": {"latency_ms": 3, "bandwidth_gbps": 0.05, "jitter_ms": 1, "loss": 0.01, "retransmit_ms": 5},
+        },
+        "workload": {"prompt": " ".join(f"w{i}" for i in range(12)), "max_new_tokens": 8},
+        "policy": {"name": "autoregressive"},
+        "acceptance": {"kind": "iid", "rate": 0.7},
+        "execution": {"drafter": "planted", "emulate": True, "stand_in": str(tiny_folder)},
+        "faults": [{"kind": "slow-stage", "start_ms": 100, "duration_ms": 200, "stage": 1, "factor": 2}],
+    }
+    path = tmp_path_factory.mktemp("emulated") / "large.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+def test_nothing_is_ever_earlier_than_the_simulator_says(file: Path) -> None:
+    real = find_executor().execute(load_scenario(file), record_acceptance=True)
+    assert real.acceptance
+    simulated = simulate(load_scenario(file), truth=RecordedTruth(real.acceptance))
+    assert [one.tokens for one in real.trace.emissions] == [one.tokens for one in simulated.emissions]
+    for ours, theirs in zip(real.trace.emissions, simulated.emissions, strict=True):
+        assert ours.time_s >= theirs.time_s - 1e-6
+    assert real.trace.link_bytes == {name: size for name, size in simulated.link_bytes.items() if size}
+
+
+def test_an_emulated_run_says_how_well_it_kept_its_pace(file: Path) -> None:
+    arguments = [
+        "execute",
+        str(file),
+        "--set",
+        "policy.name=pipeinfer",
+        "--set",
+        "workload.max_new_tokens=16",
+        "--json",
+    ]
+    outcome = CliRunner().invoke(app, arguments)
+    printed = json.loads(outcome.stdout)
+    parts = {part["part"]: part for part in printed["pace"]["parts"]}
+    assert {"head", "stage 0", "stage 1", "drafter", "stage 0 to stage 1", "drafter to head"} <= set(parts)
+    assert parts["stage 0"]["events"] == printed["metrics"]["runs"]["submitted"]
+    assert all(part["achieved_ms"] is None or part["achieved_ms"] >= part["requested_ms"] for part in parts.values())
+    assert printed["pace"]["kept"] == ("could not keep" not in outcome.stderr)
+
+
+def samples(part: str, late_s: float, overrun: bool = False) -> list[PaceSample]:
+    on_time = [PaceSample(part, 1.0, 1.02, 1.02, False)] * 90
+    return [*on_time, *[PaceSample(part, 1.0, 1.02, 1.02 + late_s, overrun)] * 10]
+
+
+def test_an_emulation_that_cannot_keep_its_pace_is_no_emulation() -> None:
+    assert judge([]) is None
+    good = judge(samples("stage 0", 0.001))
+    assert good
+    assert good.kept
+    late, slow = judge(samples("stage 0", 0.003)), judge(samples("stage 0", 0.0, overrun=True))
+    assert late
+    assert slow
+    assert "3.0 ms late" in late.problems[0]
+    assert "10% of 100 really took longer" in slow.problems[0]
+    link = judge(samples("head to stage 0", 0.003))
+    assert link
+    assert link.kept, "what comes late may still be computed in time"
