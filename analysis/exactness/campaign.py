@@ -12,8 +12,9 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+import gguf
 import torch
 
 from analysis.exactness.combinations import (
@@ -29,8 +30,9 @@ from analysis.exactness.combinations import (
 from backends.cluster import ClusterPlan, DrafterPart, running_pipeline, stage_parts
 from backends.control import Planted
 from backends.head import Head
+from backends.models.devices import DTYPES, QUANTIZED
 from backends.models.loading import open_model
-from backends.models.random_models import FAMILY_CONFIGS, save_shortened, save_tiny
+from backends.models.random_models import FAMILY_CONFIGS, save_gguf, save_shortened, save_tiny
 from backends.models.stage_model import StageModel
 from backends.pipeline import Pipeline
 from backends.reference import generate_in_one_process
@@ -41,6 +43,7 @@ from pipesim.recorder import Recorder
 from pipesim.scenario import IidAcceptance
 from pipesim.scheduling.events import GenerationStarted
 from pipesim.scheduling.policy import make_policy
+from pipesim.scheduling.runs import Run
 from pipesim.scheduling.scheduler import Scheduler
 from pipesim.sweep.journal import Journal
 from pipesim.trace import Trace
@@ -50,8 +53,6 @@ SHARPNESS = 3.0
 """Of random models: drafters are sure enough to draft, and torn often enough to fork."""
 
 _TIMEOUT_S = 60.0  # a generation that hangs is a failure, not a reason to wait
-_TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
 Outcome = dict[str, Any]
 """What became of one combination: ``verdict`` (equal, or what was wrong) and figures of its trace."""
 
@@ -76,12 +77,15 @@ class Rig:
         self.setup = setup
         self.model = setup.family
         if setup.is_tiny:
-            target = folder / f"{setup.family}-target"
+            target = folder / f"{setup.number}-target"
             changes = {"num_hidden_layers": TINY_LAYERS, **FAMILY_CONFIGS[setup.family]}
             self.model = str(save_tiny(target, sharpness=SHARPNESS, **changes))
-            self.draft_model = str(save_shortened(folder / f"{setup.family}-draft", target, TINY_LAYERS - 2))
+            self.draft_model = str(save_shortened(folder / f"{setup.number}-draft", target, TINY_LAYERS - 2))
+            if setup.dtype == QUANTIZED:
+                file = target.with_suffix(".gguf")
+                self.model = str(save_gguf(target, file, gguf.GGMLQuantizationType[setup.quantization]))
         source = open_model(self.model)
-        self._whole = StageModel(source, 0, source.config.layers, _TORCH_DTYPES[setup.dtype])
+        self._whole = StageModel(source, 0, source.config.layers, DTYPES[setup.dtype], kernels=setup.kernels)
         self._vocabulary = source.config.vocabulary
         self._tokenizer = None if setup.is_tiny else open_tokenizer(source)
 
@@ -91,7 +95,7 @@ class Rig:
         name = self.draft_model if setup.drafter == "draft model" else setup.drafter
         skipped = setup.skipped if setup.drafter == "layer-skip" else None
         drafter = DrafterPart(name, self._vocabulary, LONGEST_PROMPT + LONGEST_TEXT, skipped)
-        return ClusterPlan(self.model, stage_parts(setup.layers), drafter, setup.dtype)
+        return ClusterPlan(self.model, stage_parts(setup.layers), drafter, setup.dtype, setup.kernels)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of ``tokens``."""
@@ -113,6 +117,26 @@ class Rig:
         return Expected(prompt, tuple(tokens), tuple(tokens[: stream.ended]), text)
 
 
+class _Killer(Recorder):
+    """A recorder that kills the stage that the combination wants lost, when its run is submitted."""
+
+    def __init__(
+        self, scheduler: Scheduler, combination: Combination, stages: Sequence[str], log: TextIO, pipeline: Pipeline
+    ) -> None:
+        super().__init__(scheduler, combination.sampling.seed, stages, log)
+        self.killed = 0
+        self._lost, self._pipeline, self._submissions = combination.lost, pipeline, 0
+
+    def _submitted(self, run: Run, now: float) -> None:
+        super()._submitted(run, now)
+        self._submissions += 1
+        if self._lost and self._submissions == self._lost[1]:
+            process = self._pipeline.stages[self._lost[0]].process
+            assert process
+            process.kill()
+            self.killed += 1
+
+
 async def generate(pipeline: Pipeline, rig: Rig, combination: Combination, expected: Expected) -> Outcome:
     """One generation on ``pipeline``, judged. Raises whatever breaks it."""
     policy = make_policy(combination.policy, combination.settings)
@@ -121,7 +145,7 @@ async def generate(pipeline: Pipeline, rig: Rig, combination: Combination, expec
         cells = len(expected.prompt) + combination.new_tokens + combination.spare_cells
     scheduler = Scheduler(policy, cells, prefill_window=combination.prefill_window)
     log = io.StringIO()
-    recorder = Recorder(scheduler, combination.sampling.seed, [str(stage) for stage in rig.setup.layers], log)
+    recorder = _Killer(scheduler, combination, [str(stage) for stage in rig.setup.layers], log, pipeline)
     stream, pieces = TextStream(rig.decode, combination.stop), list[str]()
 
     def on_tokens(tokens: tuple[int, ...]) -> int | None:
@@ -138,7 +162,7 @@ async def generate(pipeline: Pipeline, rig: Rig, combination: Combination, expec
     trace = recorder.trace()
     text = "".join(pieces) + stream.finish()
     verdict = judge(trace, text, expected, log.getvalue())
-    return {"verdict": verdict, **figures(trace, log.getvalue(), bool(stream.ended))}
+    return {"verdict": verdict, "killed": recorder.killed, **figures(trace, log.getvalue(), bool(stream.ended))}
 
 
 def judge(trace: Trace, text: str, expected: Expected, log: str) -> str:
@@ -229,4 +253,4 @@ def journal_key(combination: Combination) -> str:
 
 def _describe(setup: Setup) -> str:
     stages = f"{len(setup.layers)} stage{'s' * (len(setup.layers) > 1)}"
-    return f"pipeline {setup.number}: {setup.family}, {setup.dtype}, {stages}, {setup.drafter}"
+    return f"pipeline {setup.number}: {setup.family}, {setup.dtype} ({setup.kernels}), {stages}, {setup.drafter}"

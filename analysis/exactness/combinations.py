@@ -16,7 +16,17 @@ PER_PIPELINE = 20
 
 TINY_LAYERS = 6
 VOCABULARY = 160
-DTYPES = ("float32", "bfloat16")
+ARITHMETICS = (
+    ("float32", "auto"),
+    ("bfloat16", "auto"),
+    ("quantized", "auto"),
+    ("float32", "torch"),
+    ("bfloat16", "torch"),
+    ("float16", "torch"),
+)
+"""``execution.dtype`` with ``execution.kernels``; ``auto`` is the native kernels."""
+QUANTIZATIONS = ("Q4_0", "Q4_1", "Q5_0", "Q8_0")
+"""Of random models' GGUF files."""
 STAGES = (1, 2, 3, 4)
 DRAFTERS = ("ngram", "planted", "layer-skip", "draft model")
 LONGEST_PROMPT, LONGEST_TEXT = 200, 48
@@ -38,12 +48,14 @@ _BLOCK_EDGES = (1, 2, 63, 64, 65, 127, 128, 129)
 class Setup:
     """One pipeline: ``layers`` per stage of a random model of ``family``, or of SmolLM2-135M under its name.
 
-    ``skipped`` layers are left out by the layer-skip drafter.
+    ``skipped`` layers are left out by the layer-skip drafter; ``quantization`` is that of a random model's GGUF file.
     """
 
     number: int
     family: str
     dtype: str
+    kernels: str
+    quantization: str
     layers: tuple[int, ...]
     drafter: str
     skipped: tuple[int, ...]
@@ -59,7 +71,7 @@ class Combination:
     """One generation. ``prompt`` is tokens, or the text of a real model's.
 
     ``spare_cells`` are KV cells beyond the text's own (None: as many as the policy can use); ``acceptance`` is how
-    often a planted drafter is right.
+    often a planted drafter is right. ``lost``: this stage's process is killed when so many runs have been submitted.
     """
 
     number: int
@@ -73,6 +85,7 @@ class Combination:
     spare_cells: int | None
     prefill_window: int
     acceptance: float
+    lost: tuple[int, int] | None
 
     @property
     def pipeline(self) -> int:
@@ -81,9 +94,9 @@ class Combination:
 
 
 @cache
-def _kinds() -> list[tuple[str, str, int, str]]:
-    """Every family with every dtype, number of stages and drafter, in an order that mixes them well."""
-    kinds = list(product(FAMILY_CONFIGS, DTYPES, STAGES, DRAFTERS))
+def _kinds() -> list[tuple[str, tuple[str, str], int, str]]:
+    """Every family with every arithmetic, number of stages and drafter, in an order that mixes them well."""
+    kinds = list(product(FAMILY_CONFIGS, ARITHMETICS, STAGES, DRAFTERS))
     random.Random("kinds").shuffle(kinds)
     return kinds
 
@@ -91,15 +104,18 @@ def _kinds() -> list[tuple[str, str, int, str]]:
 def draw_setup(number: int) -> Setup:
     """Pipeline ``number``: every twentieth runs SmolLM2-135M."""
     draw = random.Random(f"pipeline {number}")
-    family, dtype, stages, drafter = _kinds()[number % len(_kinds())]
+    family, (dtype, kernels), stages, drafter = _kinds()[number % len(_kinds())]
     layers = TINY_LAYERS
+    if (family, dtype) == ("qwen2-windows", "quantized"):
+        family = "qwen2"  # GGUF files cannot say which layers have windows
     if number % _REAL_MODEL_EVERY == _REAL_MODEL_EVERY - 1:
-        family, layers = DEFAULT_MODEL, 30
+        family, layers, kernels = DEFAULT_MODEL, 30, "auto"
+        dtype = "bfloat16" if dtype == "float16" else dtype
         drafter = "layer-skip" if drafter == "draft model" else drafter
     cuts = sorted(draw.sample(range(1, layers), stages - 1))
     each = tuple(last - first for first, last in zip([0, *cuts], [*cuts, layers], strict=True))
     skipped = tuple(sorted(draw.sample(range(1, layers - 1), 1 + layers // 10)))
-    return Setup(number, family, dtype, each, drafter, skipped)
+    return Setup(number, family, dtype, kernels, draw.choice(QUANTIZATIONS), each, drafter, skipped)
 
 
 def draw_combination(number: int) -> Combination:
@@ -119,6 +135,7 @@ def draw_combination(number: int) -> Combination:
         spare_cells=draw.choice((None, None, None, 0, 3, 9)),
         prefill_window=draw.choice((1, 2, 8)),
         acceptance=draw.choice((0.0, 0.5, 0.8, 0.95, 1.0)),
+        lost=(draw.randrange(len(setup.layers)), draw.randint(1, 12)) if draw.random() < 0.1 else None,
     )
 
 
@@ -137,6 +154,7 @@ def _settings(draw: random.Random, policy: str) -> dict[str, Any]:
             "multibuffering": draw.random() < 0.8,
             "cancellation": draw.random() < 0.8,
             "always_canonical": draw.random() < 0.4,
+            "calibrated": draw.random() < 0.4,
         }
     if policy == "speculative":
         return {

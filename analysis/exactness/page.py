@@ -20,11 +20,10 @@ def page(outcomes: Sequence[Outcome], defective: Mapping[str, Sequence[Outcome]]
     spoken = ", ".join(f"{count} {fate}" for fate, count in fates.most_common())
     ends = ", ".join(f"{count} by {end}" for end, count in Counter(table["end"]).most_common())
     columns = ["setups", "combinations", "equal", "tokens", "distinct", "drafted", "accepted", "forks", "void"]
-    tables = "\n\n".join(markdown_table([by, *columns], _rows(table, by)) for by in ("family", "policy", "drafter"))
-    again = f"again with `python -m analysis.exactness --only {outcomes[-1]['number']}`" if outcomes else ""
+    killed = sum(outcome.get("killed", 0) for outcome in outcomes)
     good = len(outcomes) - len(bad)
     again = f"`python -m analysis.exactness --only {outcomes[-1]['number']}`"
-    tables = [markdown_table([by, *columns], _rows(table, by)) for by in ("family", "policy", "drafter")]
+    tables = [markdown_table([by, *columns], _rows(table, by)) for by in ("family", "arithmetic", "policy", "drafter")]
     parts = [
         "# Exactness: no text ever changes",
         f"{len(outcomes)} random combinations, **{good} of them with the text of plain decoding, token for token, and "
@@ -34,9 +33,10 @@ def page(outcomes: Sequence[Outcome], defective: Mapping[str, Sequence[Outcome]]
         "Combined at random: the policy with all its settings and switches; the drafter (n-gram, planted, layer-skip, "
         "or a draft model: here the target's first layers); stages and their sizes; micro-batch, branches, bars of "
         "confidence, partitions; KV cells, down to not one to spare; temperature, top-k, top-p, min-p, repetition "
-        "penalty, seed; the model's family, float32 or bfloat16; prompts of 1 to 200 tokens, many at the edge of a "
-        f"block; end tokens and stop strings. {PER_PIPELINE} combinations share a pipeline. All is a function of a "
-        f"combination's number: {again} runs one alone.",
+        "penalty, seed; the model's family; the type of its weights (*quantized*: the blocks of a GGUF file), by the "
+        "native kernels (*auto*) or by PyTorch's; prompts of 1 to 200 tokens, many at the edge of a block; end tokens "
+        f"and stop strings; in every tenth, a stage to be killed at some run ({killed} came so far). {PER_PIPELINE} "
+        f"combinations share a pipeline. All is a function of a combination's number: {again} runs one alone.",
         "## How much speculation that was",
         *tables,
         "*setups*: different pipelines. *distinct*: different tokens of a text, of its tokens: models are random, but "
@@ -62,7 +62,13 @@ def frame(outcomes: Iterable[Outcome]) -> pd.DataFrame:
 def _line(outcome: Outcome) -> dict[str, Any]:
     combination: Combination = draw_combination(outcome["number"])
     setup: Setup = draw_setup(combination.pipeline)
-    kind = {"family": setup.family, "policy": combination.policy, "drafter": setup.drafter, "setup": setup.number}
+    kind = {
+        "family": setup.family,
+        "arithmetic": f"{setup.dtype} ({setup.kernels})",
+        "policy": combination.policy,
+        "drafter": setup.drafter,
+        "setup": setup.number,
+    }
     return {**kind, "end": "an error", **dict.fromkeys(_COUNTED, 0), **outcome}
 
 

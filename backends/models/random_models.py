@@ -1,10 +1,12 @@
 """Random models of a few kilobytes of every family, for tests and for the exactness campaign."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import gguf
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -139,6 +141,52 @@ def save_shortened(folder: Path, model: Path, layers: int) -> Path:
         if not name.startswith("model.layers.") or int(name.split(".")[2]) < layers
     }
     return _save(folder, config, kept)
+
+
+def save_gguf(folder: Path, file: Path, quantization: gguf.GGMLQuantizationType | None = None) -> Path:
+    """The tiny model of ``folder`` as a GGUF file, its matrices quantized or in float32, as converters write it."""
+    config = json.loads((folder / "config.json").read_text())
+    family, heads = config["model_type"], config["num_attention_heads"]
+    architecture = {"mistral": "llama", "gemma3_text": "gemma3"}.get(family, family)
+    writer = gguf.GGUFWriter(file, architecture)
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config["rope_theta"])
+    if "head_dim" in config:
+        writer.add_key_length(config["head_dim"])
+        writer.add_value_length(config["head_dim"])
+    if "sliding_window" in config:
+        writer.add_sliding_window(config["sliding_window"])
+    if "sliding_window_pattern" in config:
+        writer.add_uint32(f"{architecture}.attention.sliding_window_pattern", config["sliding_window_pattern"])
+    if "rope_scaling" in config:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(config["rope_scaling"]["factor"])
+    arch = gguf.MODEL_ARCH[{"llama": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3", "gemma3": "GEMMA3"}[architecture]]
+    names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
+    for name, weight in load_file(folder / "model.safetensors").items():
+        stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert stored is not None, name
+        if family == "gemma3_text" and "norm" in name:
+            weight = weight + 1
+        if architecture == "llama" and re.search(r"[qk]_proj", name):
+            of = heads if "q_proj" in name else config["num_key_value_heads"]
+            weight = weight.view(of, 2, -1, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
+        values = weight.contiguous().numpy()
+        if quantization is None or weight.ndim == 1:
+            writer.add_tensor(stored, values)
+        else:
+            writer.add_tensor(stored, gguf.quants.quantize(values, quantization), raw_dtype=quantization)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
 
 
 def _save(folder: Path, config: Mapping[str, Any], weights: dict[str, torch.Tensor]) -> Path:
