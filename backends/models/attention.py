@@ -22,6 +22,8 @@ from backends.models.exact import BATCHED_BLOCKS, BLOCK
 from pipesim.scheduling.cells import CellTable
 from pipesim.scheduling.runs import END, Run
 
+Numbers = npt.NDArray[np.int64]
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
@@ -51,6 +53,25 @@ class AttentionTile:
     mask: torch.Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Units:
+    """Units in order of their first positions, ``starts``.
+
+    ``cells`` ``[units, 64]`` are the ``sizes`` cells of each, then its first again; ``counts`` ``[units, rows]`` says
+    how many, from the first on, a row sees.
+    """
+
+    starts: Numbers
+    cells: Numbers
+    sizes: Numbers
+    counts: Numbers
+
+    def hidden(self, positions: Numbers, window: int) -> Numbers:
+        """How many of them are behind the ``window`` of rows at ``positions`` (0: none), ``[units, rows]``."""
+        behind: Numbers = np.clip(positions + 1 - (window or END) - self.starts[:, None], 0, self.counts)
+        return behind
+
+
 def flat_rows(cells: Sequence[int] | torch.Tensor, kv_heads: int) -> torch.Tensor:
     """Where ``cells`` are in the flat cache ``[blocks * kv_heads * 64, head_dim]``: ``[cells, kv_heads]``."""
     at = torch.as_tensor(cells).unsqueeze(1)
@@ -64,40 +85,35 @@ def plan_tiles(
 
     One tile for each of ``windows``: of so many positions, its own the last, a row sees the cells (0: of all).
     """
-    blocks, cells, counts = find_units(table, run, start, stop)
+    units = find_units(table, run, start, stop)
     positions = np.array(run.positions[start:stop])
     tiles = {}
     for window in windows:
-        hidden = np.clip(positions + 1 - (window or END) - blocks[:, None], 0, counts)
+        hidden = units.hidden(positions, window)
         # A unit that no row sees is left out: in a larger tile its weights would be zero, which changes no bit.
-        near = np.flatnonzero((hidden < counts).any(axis=1))
+        near = np.flatnonzero((hidden < units.counts).any(axis=1))
         # padding rows see everything, to stay finite
         first, last = (np.full((len(near), padded_stop - start), seen) for seen in (0, BLOCK))
-        first[:, : stop - start], last[:, : stop - start] = hidden[near], counts[near]
-        tiles[window] = _tile([cells[unit] for unit in near], first, last, kv_heads)
+        first[:, : stop - start], last[:, : stop - start] = hidden[near], units.counts[near]
+        tiles[window] = _tile(units.cells[near], units.sizes[near], first, last, kv_heads)
     return tiles
 
 
-def _tile(
-    cells: list[list[int]], first: npt.NDArray[np.int64], last: npt.NDArray[np.int64], kv_heads: int
-) -> AttentionTile:
+def _tile(cells: Numbers, sizes: Numbers, first: Numbers, last: Numbers, kv_heads: int) -> AttentionTile:
     """The tile of units with ``cells``, of which a row sees those from ``first`` up to ``last``, ``[units, rows]``."""
-    places: list[tuple[bool, int]] = []  # of each unit: whether it is copied, and its block
-    gathered: list[int] = []
-    for unit in cells:
-        cell = unit[0]
-        if cell % BLOCK == 0 and unit == list(range(cell, cell + len(unit))):
-            places.append((False, cell // BLOCK))
-        else:
-            places.append((True, len(gathered) // BLOCK))
-            gathered += unit + unit[:1] * (BLOCK - len(unit))
+    at = np.arange(BLOCK)
+    as_stored = (cells == cells[:, :1] + at) | (at >= sizes[:, None])
+    copied = ~as_stored.all(axis=1) | (cells[:, 0] % BLOCK > 0)
+    blocks = np.where(copied, np.cumsum(copied) - 1, cells[:, 0] // BLOCK)
+    gathered = cells[copied].ravel()
     open_units = int(np.cumprod((last - first == BLOCK).all(axis=1)).sum())
-    first, last, at = first[open_units:, :, None], last[open_units:, :, None], np.arange(BLOCK)
+    first, last = first[open_units:, :, None], last[open_units:, :, None]
     mask = np.where((at >= first) & (at < last), 0.0, -np.inf).astype(np.float32)
+    gather = flat_rows(torch.from_numpy(gathered), kv_heads).view(-1, BLOCK, kv_heads).transpose(1, 2).flatten()
     return AttentionTile(
-        units=len(places),
-        batches=tuple(_batches(places, kv_heads)),
-        gather=flat_rows(gathered, kv_heads).view(-1, BLOCK, kv_heads).transpose(1, 2).flatten() if gathered else None,
+        units=len(cells),
+        batches=tuple(_batches(list(zip(copied.tolist(), blocks.tolist(), strict=True)), kv_heads)),
+        gather=gather if len(gathered) else None,
         open_units=open_units,
         mask=torch.from_numpy(mask)[:, None, :, None, :],
     )
@@ -116,20 +132,12 @@ def _batches(places: Sequence[tuple[bool, int]], kv_heads: int) -> Iterator[Batc
             start = unit
 
 
-def find_units(
-    table: CellTable, run: Run, start: int, stop: int
-) -> tuple[npt.NDArray[np.int64], list[list[int]], npt.NDArray[np.int64]]:
-    """By block: each unit's first position, its cells, and ``[units, rows]``: how many, from the first on, a row sees.
-
-    That is without any window.
-    """
+def find_units(table: CellTable, run: Run, start: int, stop: int) -> Units:
+    """The units of rows ``[start, stop)`` of ``run``, by block, without any window."""
     positions = np.array(run.positions[start:stop])
     prefix = table.shared_prefix()
     shared = min(len(prefix), int(positions.max()) + 1) // BLOCK
-    blocks = [block * BLOCK for block in range(shared)]
-    cells = [prefix[at : at + BLOCK] for at in blocks]
-    counts = [np.clip(positions + 1 - at, 0, BLOCK) for at in blocks]
-    tails: dict[int, list[tuple[list[int], npt.NDArray[np.int64]]]] = {}
+    tails: dict[int, list[tuple[list[int], Numbers]]] = {}
     for row in np.argsort(-positions, kind="stable").tolist():  # the longest first: shorter ones are its beginnings
         tail = table.visible(run.positions[start + row], run.sequences[start + row], shared * BLOCK)
         for block in range(0, len(tail), BLOCK):
@@ -140,12 +148,22 @@ def find_units(
                 count = np.zeros(stop - start, np.int64)
                 units.append((piece, count))
             count[row] = len(piece)
-    for at in sorted(tails):
-        for unit, count in tails[at]:
-            blocks.append(at)
-            cells.append(unit)
-            counts.append(count)
-    return np.array(blocks), cells, np.stack(counts)
+    own = [(at, unit, count) for at in sorted(tails) for unit, count in tails[at]]
+    padded = [unit + unit[:1] * (BLOCK - len(unit)) for _, unit, _ in own]
+    before = np.arange(shared) * BLOCK
+    return Units(
+        starts=np.concatenate((before, np.array([at for at, _, _ in own], np.int64))),
+        cells=np.concatenate(
+            (np.array(prefix[: shared * BLOCK], np.int64), np.array(padded, np.int64).ravel())
+        ).reshape(-1, BLOCK),
+        sizes=np.array([BLOCK] * shared + [len(unit) for _, unit, _ in own]),
+        counts=np.concatenate(
+            (
+                np.clip(positions + 1 - before[:, None], 0, BLOCK),
+                np.array([count for _, _, count in own], np.int64).reshape(-1, stop - start),
+            )
+        ),
+    )
 
 
 def attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tile: AttentionTile) -> torch.Tensor:

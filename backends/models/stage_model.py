@@ -34,7 +34,7 @@ class Session:
     def histories(self, run: Run) -> list[npt.NDArray[np.int64]]:
         """For each output row of ``run``, which was admitted last, its text from position 0 to itself."""
         prefix = self.table.shared_prefix()
-        shared = self.tokens[prefix]
+        shared = self.tokens[np.array(prefix)]
         found = []
         for position, sequences in list(zip(run.positions, run.sequences, strict=True))[run.first_output_row :]:
             own = self.table.visible(position, sequences, len(prefix))

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from backends.models.attention import AttentionTile, Batch, find_units, flat_rows
+from backends.models.attention import AttentionTile, Batch, Numbers, Units, find_units, flat_rows
 from backends.models.config import ModelConfig
 from backends.models.decoder import (
     KvCache,
@@ -33,9 +32,7 @@ from backends.models.exact import BATCHED_BLOCKS, BLOCK, LARGEST_TILE, Tiling, l
 from backends.models.products import Matrix
 from backends.models.weights import LayerWeights
 from pipesim.scheduling.cells import CellTable
-from pipesim.scheduling.runs import END, Run, RunKind
-
-Numbers = npt.NDArray[np.int64]
+from pipesim.scheduling.runs import Run, RunKind
 
 
 def _never() -> bool:
@@ -167,41 +164,30 @@ class FixedRuns:
     def _tile(
         self, hidden: torch.Tensor, run: Run, start: int, stop: int, padded: int, cells: Sequence[int], table: CellTable
     ) -> torch.Tensor:
-        blocks, units, counts = find_units(table, run, start, stop)
-        shape = StepShape(padded, max(self._least_reach, _reach(len(units))))
+        units = find_units(table, run, start, stop)
+        shape = StepShape(padded, max(self._least_reach, _reach(len(units.starts))))
         if shape not in self._steps:
             self._steps[shape] = Step(shape, *self._parts)
         step = self._steps[shape]
         positions = np.array(run.positions[start:stop])
-        numbers = self._numbers(step, positions, blocks, units, counts, cells)
+        numbers = self._numbers(step, positions, units, cells)
         step.numbers.copy_(self._device.send(torch.from_numpy(numbers)).arrived())
         step.rows.copy_(pad_rows(hidden, padded))
         return step.repeat()[: stop - start].clone()  # the next tile of this shape overwrites it
 
-    def _numbers(
-        self,
-        step: Step,
-        positions: Numbers,
-        blocks: Numbers,
-        units: list[list[int]],
-        counts: Numbers,
-        cells: Sequence[int],
-    ) -> Numbers:
-        """A step's numbers for rows at ``positions`` with ``cells``; the others are what ``find_units`` found."""
+    def _numbers(self, step: Step, positions: Numbers, units: Units, cells: Sequence[int]) -> Numbers:
+        """A step's numbers for rows at ``positions`` with ``cells``."""
         rows, count, padding = step.shape.rows, step.shape.units, step.shape.rows - len(positions)
         spare = -(-self.cells // BLOCK) * BLOCK + np.arange(padding) % BLOCK
         unit_cells = np.zeros((count, BLOCK), np.int64)
-        for unit, held in enumerate(units):
-            unit_cells[unit, : len(held)] = held
-            unit_cells[unit, len(held) :] = held[0]
+        unit_cells[: len(units.cells)] = units.cells
         last = np.zeros((count, rows), np.int64)
-        last[: len(units), : len(positions)] = counts
+        last[: len(units.counts), : len(positions)] = units.counts
         last[0, len(positions) :] = 1  # padding rows see something, to stay finite
         firsts = []
         for window in step.windows:
             first = np.zeros((count, rows), np.int64)
-            hidden = np.clip(positions + 1 - (window or END) - blocks[:, None], 0, counts)
-            first[: len(units), : len(positions)] = hidden
+            first[: len(units.counts), : len(positions)] = units.hidden(positions, window)
             firsts.append(first)
         parts = [np.pad(positions, (0, padding)), np.concatenate((cells, spare)), unit_cells, *firsts, last]
         return np.concatenate([part.ravel() for part in parts]).astype(np.int64)

@@ -5,6 +5,7 @@ same operations in the same order, so they always hand out the same cells (invar
 """
 
 import heapq
+from array import array
 from collections.abc import Sequence
 
 from pipesim.errors import InvariantError, KvCapacityError
@@ -26,7 +27,7 @@ class CellTable:
         self._sets: list[int] = [0] * self.total
         self._free: list[int] = list(range(self.total))  # sorted, hence a heap: lowest cell first
         self._at: list[list[int]] = []  # position -> its cells, oldest first
-        self._shared: list[int] = []  # position -> its only cell, for the prefix that belongs to everyone
+        self._shared = array("i")  # position -> its only cell, for the prefix that belongs to everyone
 
     @property
     def free(self) -> int:
@@ -99,10 +100,10 @@ class CellTable:
             taken.append(cell)
         return taken
 
-    def shared_prefix(self) -> list[int]:
+    def shared_prefix(self) -> "array[int]":
         """The cell of each position of the longest prefix whose cells belong to every sequence, in position order.
 
-        The list is the table's own: read it, do not change it, and ask again after the next operation.
+        The array is the table's own: copy what you keep, do not change it, and ask again after the next operation.
         """
         position = len(self._shared)
         while position < len(self._at):
@@ -133,7 +134,7 @@ class CellTable:
     def release_all(self) -> None:
         """Ends the session: every cell leaves every sequence."""
         self._remove(self.everyone, 0, len(self._at))
-        self._shared = []
+        del self._shared[:]
 
     def check(self) -> None:
         """Verifies I5: every cell is either free or held by someone at exactly one position."""

@@ -28,8 +28,10 @@ class NativeCache:
     def __init__(self, config: ModelConfig, kinds: Sequence[LayerKind], cells: int) -> None:
         cells = -(-cells // _LANES) * _LANES
         blocks, width = cells // _LANES, -(-config.head_dim // 16) * 16
-        self.keys = np.zeros((len(kinds), config.kv_heads, blocks, config.head_dim, _LANES), np.float32)
-        self.values = np.zeros((len(kinds), config.kv_heads, cells, width), np.float32)
+        self.keys = np.empty((len(kinds), config.kv_heads, blocks, config.head_dim, _LANES), np.float32)
+        self.values = np.empty((len(kinds), config.kv_heads, cells, width), np.float32)
+        self.keys.fill(0)  # touched now: memory does not grow with the text
+        self.values.fill(0)
         self.layers = [
             library.Cells(keys.ctypes.data, values.ctypes.data, cells)
             for keys, values in zip(self.keys, self.values, strict=True)
