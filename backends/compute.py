@@ -25,8 +25,9 @@ class ComputeLoop:
     def __init__(self) -> None:
         selector = selectors.DefaultSelector()
         self._loop = asyncio.SelectorEventLoop(selector)
+        self._selector = selector.fileno()
         self._news = select.poll()
-        self._news.register(selector.fileno(), select.POLLIN)
+        self._news.register(self._selector, select.POLLIN)
         self._jobs: deque[Callable[[], None]] = deque()
         self._idle = False
 
@@ -53,15 +54,14 @@ class ComputeLoop:
         if self._news.poll(0):
             self._turn(_TURNS)
 
-    def ring(self) -> None:
-        """Ends a :meth:`pause`: what the job waits for may have changed."""
-        self._loop.stop()
-
     def pause(self, seconds: float) -> None:
-        """Called by a job: handles what arrives for so long, or until :meth:`ring`."""
-        end = self._loop.call_later(seconds, self._loop.stop)
-        self._loop.run_forever()
-        end.cancel()
+        """Called by a job: waits so long, or until something has arrived, which is handled.
+
+        The loop's own timers would come up to a millisecond late.
+        """
+        self._turn(_TURNS)
+        if select.select((self._selector,), (), (), seconds)[0]:
+            self._turn(_TURNS)
 
     def run(self, main: Coroutine[Any, Any, None]) -> None:
         """Runs ``main`` to its end, and the jobs that are submitted meanwhile."""

@@ -71,7 +71,6 @@ class DrafterLease(Lease):
         pace = self._paces.get(message.session)
         if isinstance(message, DraftOrder) and message.hop and pace:
             order = pace.order(message.hop)
-            self.compute.ring()
             self.compute.submit(lambda: self._keep_pace(message, pace, order), self.fail)
         else:
             self.compute.submit(lambda: self._carry_out(message, number), self.fail)

@@ -146,10 +146,7 @@ def _sent(link: LinkModel, now: int, size: int) -> Hop:
 
 
 class PacedStage:
-    """One stage in one session: a run at a time, as ``simulation.stage.StageServer`` on a machine of its own.
-
-    ``cancel`` may come from another thread.
-    """
+    """One stage in one session: a run at a time, as ``simulation.stage.StageServer`` on a machine of its own."""
 
     def __init__(self, part: EmulatedStage) -> None:
         self._times = StageTimes(part.plan, stage_pace(part.slow, part.stage))
@@ -215,10 +212,7 @@ class PacedStage:
 
 
 class PacedDrafter:
-    """The drafter in one session, as ``simulation.drafter.DrafterServer``: a newer request overtakes the older one.
-
-    ``order`` may come from another thread.
-    """
+    """The drafter in one session, as ``simulation.drafter.DrafterServer``: a newer request overtakes the older one."""
 
     def __init__(self, part: EmulatedDrafter, prompt_tokens: int) -> None:
         self._times = DraftTimes(part.plan, prompt_tokens)

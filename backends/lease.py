@@ -145,7 +145,6 @@ class StageLease(Lease):
         match message:
             case Cancel(session, epoch, run_ids, hop) if self._worker:
                 self._worker.cancel(session, epoch, run_ids, hop)
-                self.compute.ring()
             case Connect(successor) if self._worker and not self.passage.link:
                 self.passage.link = asyncio.create_task(self._serve_link(self.passage, successor))
             case Reset(token) if self._worker:
@@ -159,7 +158,6 @@ class StageLease(Lease):
         self.passage.close()
         self.passage = Passage()
         worker.abandon()
-        self.compute.ring()
 
         def forget() -> None:
             worker.close()
@@ -219,7 +217,6 @@ class StageLease(Lease):
         super().close()
         if self._worker:
             self._worker.abandon()
-            self.compute.ring()
             self.compute.submit(self._worker.close, self.fail)
         self.passage.close()
 

@@ -43,7 +43,7 @@ class _Pace:
 
 
 class StagePace(_Pace):
-    """A stage's runs in one session. All but :meth:`cancel` belongs to the compute thread."""
+    """A stage's runs in one session."""
 
     def __init__(self, part: EmulatedStage, origin: float) -> None:
         super().__init__(origin)
@@ -53,7 +53,7 @@ class StagePace(_Pace):
         self._hops: tuple[Hop, ...] = ()
 
     def cancel(self, run_ids: Sequence[int], hop: Hop) -> None:
-        """The head calls off runs. From any thread."""
+        """The head calls off runs."""
         now = self.now()
         self._late_calls.append(max(0, now - self._model.cancel(run_ids, hop)))
 
@@ -88,7 +88,7 @@ class StagePace(_Pace):
 
 
 class DrafterPace(_Pace):
-    """The drafter's requests in one session. All but :meth:`order` belongs to the compute thread."""
+    """The drafter's requests in one session."""
 
     def __init__(self, part: EmulatedDrafter, prompt_tokens: int, origin: float) -> None:
         super().__init__(origin)
@@ -96,7 +96,7 @@ class DrafterPace(_Pace):
         self._hops: list[Hop] = []
 
     def order(self, hop: Hop) -> int:
-        """A request has come; returns its number. From any thread."""
+        """A request has come; returns its number."""
         received = self.now()
         number = self._model.order(hop)
         self._hops.append(hop._replace(arrival=self._model.arrival(number), received=received))
