@@ -287,7 +287,7 @@ def test_a_sender_that_heeds_no_bound_is_refused() -> None:
         waiting = MAX_WAITING
 
     async def test() -> None:
-        order = ConfigureStage(TOKEN, 0, "stub", "", 0, LAYERS, "float32", 1)
+        order = ConfigureStage(TOKEN, 0, "stub", "", 0, LAYERS, "float32", "torch", 1)
         lease = StageLease(order, BusyLoop(), lambda _: StubLayers())
         with pytest.raises(FrameError, match=f"{MAX_WAITING} frames wait here"):
             lease.receive(a_run(0), 0)
@@ -300,7 +300,7 @@ def test_a_successor_that_never_reads_is_an_error_and_not_memory(monkeypatch: py
 
     async def test() -> None:
         async with serving() as head:
-            await head.say(ConfigureStage(TOKEN, 0, "stub", "", 0, LAYERS, "float32", 1))
+            await head.say(ConfigureStage(TOKEN, 0, "stub", "", 0, LAYERS, "float32", "torch", 1))
             assert isinstance(await head.hear(), Ready)
             await head.say(Connect(None))
             assert isinstance(await head.hear(), Connected)
