@@ -1,4 +1,4 @@
-"""A node as the drafter: a newer request makes it drop the older one between levels."""
+"""A node as the drafter: a newer request, or text that contradicts it, makes it drop the older one between levels."""
 
 import asyncio
 import logging
@@ -46,6 +46,7 @@ class DrafterLease(Lease):
         self._replies: asyncio.Queue[FromDrafter | None] = asyncio.Queue()
         self._received = 0
         self._latest: dict[int, int] = {}  # session -> its newest message that makes the orders before it pointless
+        self._heard: dict[int, list[int]] = {}  # session -> its text, ahead of the drafter's while that is at work
         self._order = order
         self._loaded: Drafter | None = None
         self._texts: dict[int, Drafter] = {}
@@ -63,10 +64,13 @@ class DrafterLease(Lease):
         """Takes one message of the draft stream. Raises FrameError for anything else."""
         message = unpack(TO_DRAFTER, data)
         self._received += 1
-        if not isinstance(message, ExtendText):
+        if isinstance(message, ExtendText):
+            self._heard.setdefault(message.session, []).extend(message.tokens)
+        else:
             self._latest[message.session] = self._received
         number = self._received
         if isinstance(message, StartText):
+            self._heard[message.session] = list(message.prompt)
             self._new_pace(message)
         pace = self._paces.get(message.session)
         if isinstance(message, DraftOrder) and message.hop and pace:
@@ -126,6 +130,7 @@ class DrafterLease(Lease):
         if session in self._texts:
             self._texts.pop(session).end()
         self._latest.pop(session, None)
+        self._heard.pop(session, None)
         self._paces.pop(session, None)
 
     def _trace(self, message: TraceText, number: int) -> None:
@@ -149,8 +154,11 @@ class DrafterLease(Lease):
         def abandoned() -> bool:
             return self._abandoned(session, number)
 
+        def news() -> list[int]:
+            return self._heard.get(session, [])[request.frontier :]
+
         start = time.monotonic()
-        tree = None if abandoned() else self._text(session).draft(request, abandoned)
+        tree = None if abandoned() else self._text(session).draft(request, abandoned, news)
         end = time.monotonic()
         event(
             *(_log, logging.DEBUG, "abandoned" if tree is None else "drafted"),

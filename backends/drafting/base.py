@@ -23,6 +23,16 @@ def never() -> bool:
     return False
 
 
+def no_news() -> Sequence[int]:
+    """What is heard of a text that waits for its draft."""
+    return ()
+
+
+def contradicts(path: Sequence[int], news: Sequence[int]) -> bool:
+    """Whether a text that goes on with ``news`` cannot go on with ``path``, as far as both are known."""
+    return any(drafted != token for drafted, token in zip(path, news, strict=False))
+
+
 class Drafter(ABC):
     """Proposes how a text goes on. One generation at a time: ``start``, then ``draft`` and ``extend`` in turns."""
 
@@ -51,8 +61,14 @@ class Drafter(ABC):
         """``tokens`` were committed."""
         self.text += tokens
 
-    def draft(self, request: RequestDraft, abandoned: Callable[[], bool]) -> DraftTree | None:
-        """The tree that continues ``text[:frontier] + path``, or None once ``abandoned()`` is true."""
+    def draft(
+        self, request: RequestDraft, abandoned: Callable[[], bool], news: Callable[[], Sequence[int]] = no_news
+    ) -> DraftTree | None:
+        """The tree that continues ``text[:frontier] + path``, or None once ``abandoned()`` is true.
+
+        ``news()`` are the tokens that were committed from the frontier on meanwhile: no branch grows that contradicts
+        them, and if ``path`` itself does, nobody wants the draft any more.
+        """
         if request.frontier > len(self.text):
             raise InvariantError(
                 f"draft request {request.request_id} continues position {request.frontier}, "
@@ -60,13 +76,18 @@ class Drafter(ABC):
             )
         context = [*self.text[: request.frontier], *request.path]
 
+        def stale() -> bool:
+            return abandoned() or contradicts(request.path, news())
+
         def candidates(path: tuple[int, ...]) -> Sequence[Candidate]:
-            if abandoned():
+            if stale():
                 raise Abandoned
+            if contradicts((*request.path, *path), news()):
+                return ()
             return self.candidates_after(context, path)
 
         try:
-            self.prepare(context, request, abandoned)
+            self.prepare(context, request, stale)
             limits = (request.max_nodes, request.branches, request.cutoff, request.split)
             tree, self.levels = grow_tree(candidates, *limits)
         except Abandoned:

@@ -12,12 +12,15 @@ from rich.text import Text
 from pipesim.cli.common import printing
 from pipesim.executors import Progress
 
+_SHOWN = 400
+"""Characters of an unfinished line that are shown at most: the whole is drawn anew with every token."""
+
 
 class TextScreen:
     """Takes pieces of text as they come.
 
     Where both streams are the same terminal, finished lines scroll above the figures and the unfinished one waits
-    just above them; at the end, also after Ctrl-C, the figures disappear and the text stays.
+    just above them (of a long one, its end); at the end, also after Ctrl-C, the figures disappear and the text stays.
     """
 
     def __init__(self, live: Live | None) -> None:
@@ -53,7 +56,8 @@ class TextScreen:
         else:
             _print(progress.text)
         figures = Text(self._figures(progress), style="dim")
-        self._live.update(Group(Text(self._line), figures) if self._shared else figures, refresh=True)
+        line = self._line if len(self._line) <= _SHOWN else f"…{self._line[-_SHOWN:]}"
+        self._live.update(Group(Text(line), figures) if self._shared else figures, refresh=True)
 
     def _figures(self, progress: Progress) -> str:
         now = time.monotonic()

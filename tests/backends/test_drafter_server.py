@@ -137,6 +137,51 @@ def test_a_newer_request_abandons_the_older_between_levels(monkeypatch: pytest.M
     asyncio.run(test())
 
 
+@pytest.mark.parametrize(("path", "tokens", "left"), [((9,), (4,), None), ((), (99,), (3,)), ((9,), (9, 5), (4,))])
+def test_text_that_contradicts_a_draft_ends_it_between_levels(
+    monkeypatch: pytest.MonkeyPatch, path: tuple[int, ...], tokens: tuple[int, ...], left: tuple[int, ...] | None
+) -> None:
+    """What the path itself loses to is abandoned; otherwise what has grown so far comes home, in time to be re-rooted.
+
+    It proposes 3, 4, 5 .. at positions 3, 4, 5 ..
+    """
+
+    async def test() -> None:
+        async with drafting(monkeypatch) as head:
+            await head.say(DraftOrder(7, RequestDraft(0, 3, path, 1000, 1, 0.0, 1.0)))
+            await head.level_entered()
+            await head.say(ExtendText(7, tokens))
+            reply = asyncio.create_task(head.hear())
+            while not reply.done():
+                head.drafter.go.release()
+                await asyncio.wait({reply}, timeout=0.001)
+            answer = reply.result()
+            assert isinstance(answer, DraftReply)
+            assert len(head.drafter.levels) < 1000
+            if left is None:
+                assert answer.tree is None
+            else:
+                assert answer.tree is not None
+                assert answer.tree.tokens[: len(left)] == left
+
+    asyncio.run(test())
+
+
+def test_text_that_agrees_with_a_draft_lets_it_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test() -> None:
+        async with drafting(monkeypatch) as head:
+            await head.order(0, frontier=3)
+            await head.level_entered()
+            await head.say(ExtendText(7, (3, 4)))
+            head.drafter.go.release(10)
+            reply = await head.hear()
+            assert isinstance(reply, DraftReply)
+            assert reply.tree is not None
+            assert reply.tree.tokens == (3, 4, 5, 6)
+
+    asyncio.run(test())
+
+
 def test_texts_of_several_sessions_do_not_get_into_each_others_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither an order nor the end of one abandons a draft of another, and each goes on with its own text."""
 
@@ -148,7 +193,7 @@ def test_texts_of_several_sessions_do_not_get_into_each_others_way(monkeypatch: 
             await head.say(StartText(9, (1, 2), Sampling(), None))
             await head.say(EndText(9))
             await head.say(DraftOrder(8, RequestDraft(0, 6, (), 2, 1, 0.0, 1.0)))
-            await head.say(ExtendText(7, (4,)))
+            await head.say(ExtendText(7, (3,)))
             head.drafter.go.release(20)
             trees = {}
             for _ in range(2):
