@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
 from backends.control import ConfigureDrafter, ConfigureStage
+from backends.frames import Compression
 from backends.logs import event
 from backends.models.loading import fingerprint, open_model
 from backends.node import Node
@@ -74,6 +75,7 @@ class ClusterPlan:
     drafter: DrafterPart | None = None
     dtype: str = "float32"
     kernels: str = "auto"
+    compression: Compression = "none"
     threads: int = 1
     emulated: tuple[bytes, ...] = ()
     startup_timeout_s: float = 120.0
@@ -311,6 +313,7 @@ class Assembly:
             threads=plan.threads,
             device=part.device,
             emulated=plan.emulated[index] if plan.emulated else None,
+            compression=plan.compression,
         )
 
     def _drafter(self, part: DrafterPart, process: NodeProcess) -> Node:

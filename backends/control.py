@@ -4,7 +4,7 @@ from typing import Annotated, TypeVar
 
 import msgspec
 
-from backends.frames import TOKEN_BYTES, FrameError, Hop
+from backends.frames import TOKEN_BYTES, Compression, FrameError, Hop
 from backends.sampling import Sampling
 from pipesim.errors import BadInputError
 from pipesim.scheduling.commands import RequestDraft
@@ -17,8 +17,8 @@ class ConfigureStage(msgspec.Struct, frozen=True, tag="configure-stage", forbid_
     """Head -> node, first: become stage ``stage`` with layers ``[first_layer, last_layer)`` of ``model``.
 
     ``fingerprint`` is that of the head's own weights: those of a stage must be the same. ``device`` is None for the
-    one that the node was started with. ``emulated``: an ``emulation.EmulatedStage``, to whose pace sessions that want
-    it are kept.
+    one that the node was started with. ``compression`` is that of activations. ``emulated``: an
+    ``emulation.EmulatedStage``, to whose pace sessions that want it are kept.
     """
 
     token: _Token
@@ -32,6 +32,7 @@ class ConfigureStage(msgspec.Struct, frozen=True, tag="configure-stage", forbid_
     threads: int
     device: str | None = None
     emulated: bytes | None = None
+    compression: Compression = "none"
 
 
 class ConfigureDrafter(msgspec.Struct, frozen=True, tag="configure-drafter", forbid_unknown_fields=True):

@@ -95,7 +95,7 @@ def emulated_parts(scenario: Scenario) -> tuple[list[EmulatedStage], EmulatedDra
         egress = nics.get(plan.source or "") if leaves else None
         return OutLink(plan, faults_of(scenario.faults, index, plan), scenario.seed, egress)
 
-    row_bytes = scenario.model.hidden * scenario.model.activation_bytes
+    row_bytes = scenario.row_bytes()
     stages = [
         EmulatedStage(index, plan, slow, row_bytes, out(index + 1), nics.get(plan.device or ""))
         for index, plan in enumerate(plans)

@@ -34,7 +34,7 @@ from pipesim.calibration import HeadSample, Observations
 from pipesim.errors import BadInputError
 from pipesim.executors import Measurement, Observed, Progress, RealResult
 from pipesim.recorder import Recorder
-from pipesim.scenario import IidAcceptance, MarkovAcceptance, Model, Scenario
+from pipesim.scenario import ACTIVATION_BYTES, IidAcceptance, MarkovAcceptance, Model, Scenario
 from pipesim.scheduling.events import GenerationStarted
 from pipesim.scheduling.policies.autoregressive import Autoregressive
 from pipesim.scheduling.scheduler import Scheduler
@@ -81,6 +81,7 @@ class _Job:
             drafter=drafter if self.needs_drafter else None,
             dtype=execution.dtype,
             kernels=execution.kernels,
+            compression=execution.activation_compression,
             threads=execution.threads_per_stage,
             emulated=emulated,
             startup_timeout_s=execution.startup_timeout_s,
@@ -238,9 +239,11 @@ def _check_model(scenario: Scenario, config: ModelConfig) -> None:
                 f"model.{field} = {getattr(scenario.model, field)}, but {scenario.model.name} has {real}: correct it, "
                 "or let it stand in for another model in an emulated cluster (execution.stand_in)"
             )
-    if scenario.model.activation_bytes != 4 and not scenario.execution.emulate:
+    dtype, size = scenario.execution.dtype, scenario.model.activation_bytes
+    if size != ACTIVATION_BYTES[dtype] and not scenario.execution.emulate:
         raise BadInputError(
-            f"model.activation_bytes = {scenario.model.activation_bytes}: real stages exchange float32, 4 bytes"
+            f"model.activation_bytes = {size}: with execution.dtype {dtype}, real stages exchange "
+            f"{ACTIVATION_BYTES[dtype]} bytes: correct it, or leave it out"
         )
 
 

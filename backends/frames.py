@@ -8,9 +8,10 @@ One ordered stream carries a whole session: ``OpenFrame``, then runs (dead ones 
 """
 
 import enum
+import math
 import struct
 from dataclasses import dataclass
-from typing import Annotated, NamedTuple, TypeVar
+from typing import Annotated, Literal, NamedTuple, TypeVar
 
 import msgspec
 
@@ -19,10 +20,10 @@ from pipesim.errors import BadInputError, PipesimError
 from pipesim.scheduling.runs import END, KvOperation, Run, RunKind, SequenceCopy, SequenceRemove
 
 MAGIC = b"PSIM"
-VERSION = 1
+VERSION = 2
 TOKEN_BYTES = 16
 MAX_FRAME_BYTES = 64 * 2**20
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 """Data types that activations may have, with their size."""
 MAX_ROWS = 2**16
 """So many tokens one run may carry."""
@@ -30,6 +31,12 @@ MAX_KV_CELLS = 2**24
 """A session's cells number fewer: their memory is taken before the first run."""
 
 _HEADER = struct.Struct(f"<4sBB2x{TOKEN_BYTES}sQIQII")
+
+
+Compression = Literal["none", "fp8", "int8"]
+"""Of activations, as ``execution.activation_compression``."""
+SCALE_BYTES = 4
+_FP8_NAN = 0x7F  # with either sign; float8_e4m3fn has no other
 
 
 class FrameError(PipesimError):
@@ -89,11 +96,16 @@ class Hop(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Activation:
-    """Hidden states ``[rows, hidden]`` as raw little-endian bytes."""
+    """Hidden states ``[rows, hidden]`` as raw little-endian bytes.
+
+    ``compression`` is ``none``, or what ``compression.py`` made of them: ``rows`` float32 scales, then a byte for each
+    element. ``dtype`` is what they were, and will be, outside.
+    """
 
     dtype: str
     shape: tuple[int, int]
     data: bytes | memoryview
+    compression: Compression = "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +191,7 @@ class _RunMetadata(msgspec.Struct, array_like=True, forbid_unknown_fields=True, 
     operations: Annotated[list[_Copy | _Remove], _Rows]
     dtype: str
     width: _Index
+    compression: Compression
     stamps: list[StageStamp]
     hops: list[Hop] = []
 
@@ -297,6 +310,7 @@ def _run_metadata(frame: RunFrame) -> _RunMetadata:
         operations=[_encode_operation(operation) for operation in run.kv_operations],
         dtype=activation.dtype if activation else "",
         width=activation.shape[1] if activation else 0,
+        compression=activation.compression if activation else "none",
         stamps=list(frame.stamps),
         hops=list(frame.hops),
     )
@@ -326,13 +340,28 @@ def _run_frame(session: Session, run_id: int, void: bool, metadata: _RunMetadata
         kv_operations=tuple(_decode_operation(operation) for operation in metadata.operations),
     )
     activation = None
-    if metadata.dtype or metadata.width or payload:
-        if metadata.dtype not in ITEM_BYTES:
-            raise FrameError(f"run {run_id}: dtype {metadata.dtype!r} is none of {', '.join(ITEM_BYTES)}")
-        expected = run.rows * metadata.width * ITEM_BYTES[metadata.dtype]
-        if not expected or expected != len(payload):
-            raise FrameError(
-                f"run {run_id}: {run.rows} x {metadata.width} {metadata.dtype} are {expected} bytes, not {len(payload)}"
-            )
-        activation = Activation(metadata.dtype, (run.rows, metadata.width), payload)
+    if metadata.dtype or metadata.width or metadata.compression != "none" or payload:
+        activation = Activation(metadata.dtype, (run.rows, metadata.width), payload, metadata.compression)
+        _check_activation(run_id, activation)
     return RunFrame(session, run, activation, void, tuple(metadata.stamps), tuple(metadata.hops))
+
+
+def _check_activation(run_id: int, activation: Activation) -> None:
+    dtype, compression, (rows, width), data = (
+        activation.dtype,
+        activation.compression,
+        activation.shape,
+        activation.data,
+    )
+    if dtype not in ITEM_BYTES:
+        raise FrameError(f"run {run_id}: dtype {dtype!r} is none of {', '.join(ITEM_BYTES)}")
+    row_bytes = width * ITEM_BYTES[dtype] if compression == "none" else width + SCALE_BYTES
+    if not width or rows * row_bytes != len(data):
+        form = dtype if compression == "none" else compression
+        raise FrameError(f"run {run_id}: {rows} x {width} {form} are {rows * row_bytes} bytes, not {len(data)}")
+    if compression != "none":
+        scales, codes = struct.unpack_from(f"<{rows}f", data), bytes(data[rows * SCALE_BYTES :])
+        if not all(math.isfinite(scale) and scale >= 0 for scale in scales):
+            raise FrameError(f"run {run_id}: a row's scale is negative or not finite")
+        if compression == "fp8" and (_FP8_NAN in codes or _FP8_NAN | 0x80 in codes):
+            raise FrameError(f"run {run_id}: an element is not a number")

@@ -130,7 +130,9 @@ class StageLease(Lease):
         start = time.monotonic()
         layers = load(order)
         compute = self.compute
-        self._worker = StageWorker(order.stage, layers, compute.checkpoint, compute.pause, order.emulated)
+        self._worker = StageWorker(
+            order.stage, layers, compute.checkpoint, compute.pause, order.emulated, order.compression
+        )
         event(
             *(_log, logging.INFO, "loaded"),
             model=order.model,

@@ -2,6 +2,10 @@
 
 from collections.abc import Sequence
 
+import torch
+
+from backends.compression import to_activation, to_hidden
+from backends.frames import Compression
 from backends.models.stage_model import StageModel
 from backends.sampling import Sampling
 from pipesim.errors import BadInputError
@@ -11,8 +15,44 @@ PREFILL_CHUNK = 64
 """Positions per prefill run; every prompt is cut at multiples of it, in every policy."""
 
 
+class SplitModel:
+    """The ``stages`` of a model in a row in this process, to be used as one; activations travel compressed.
+
+    Only lossy ``compression`` makes that another model than the whole one.
+    """
+
+    def __init__(self, stages: Sequence[StageModel], compression: Compression = "none") -> None:
+        self.stages, self._compression = stages, compression
+        self.is_first, self.is_last = stages[0].is_first, stages[-1].is_last
+
+    def open_session(self, session: int, kv_cells: int, sequences: int, sampling: Sampling) -> None:
+        """As ``StageModel``."""
+        for stage in self.stages:
+            stage.open_session(session, kv_cells, sequences, sampling)
+
+    def close_session(self, session: int) -> None:
+        """As ``StageModel``."""
+        for stage in self.stages:
+            stage.close_session(session)
+
+    def admit(self, session: int, run: Run) -> list[int]:
+        """As ``StageModel``: all tables give the same cells."""
+        *_, cells = (stage.admit(session, run) for stage in self.stages)
+        return cells
+
+    def forward(
+        self, session: int, run: Run, hidden: torch.Tensor | None, cells: Sequence[int]
+    ) -> torch.Tensor | list[int] | None:
+        """As ``StageModel``."""
+        for stage in self.stages[:-1]:
+            states = stage.forward(session, run, hidden, cells)
+            assert isinstance(states, torch.Tensor)
+            hidden = to_hidden(to_activation(states, self._compression))
+        return self.stages[-1].forward(session, run, hidden, cells)
+
+
 def generate_in_one_process(
-    model: StageModel,
+    model: StageModel | SplitModel,
     prompt: Sequence[int],
     max_new_tokens: int,
     stop_tokens: Sequence[int] = (),
@@ -23,7 +63,7 @@ def generate_in_one_process(
     ``model`` holds all layers. Prompt in chunks of 64 positions, then one canonical row at a time.
     """
     if not (model.is_first and model.is_last):
-        raise BadInputError("generate_in_one_process needs a StageModel with all layers of the model")
+        raise BadInputError("generate_in_one_process needs all layers of the model")
     if not prompt:
         raise BadInputError("prompt: at least one token is needed")
     session, sequences = -1, 1

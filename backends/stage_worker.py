@@ -8,10 +8,11 @@ from typing import Protocol
 
 import torch
 
+from backends.compression import to_activation, to_hidden
 from backends.control import ConfigureStage
 from backends.emulation import EmulatedStage, from_bytes
 from backends.frames import (
-    Activation,
+    Compression,
     Frame,
     FrameError,
     Hop,
@@ -94,7 +95,8 @@ class StageWorker:
     """Turns each arriving frame into the frame that leaves. Sessions know nothing of each other.
 
     ``checkpoint`` is called between layers; it may come back with calls of :meth:`cancel` and :meth:`abandon`.
-    ``emulated``, with ``pause``, keeps sessions that want it to the pace of another machine.
+    ``emulated``, with ``pause``, keeps sessions that want it to the pace of another machine. ``compression`` is that of
+    all activations that come and go.
     """
 
     def __init__(
@@ -104,11 +106,13 @@ class StageWorker:
         checkpoint: Callable[[], None],
         pause: Wait | None = None,
         emulated: bytes | None = None,
+        compression: Compression = "none",
     ) -> None:
         self.last_run = -1
         self._stage = stage
         self._layers = layers
         self._checkpoint = checkpoint
+        self._compression: Compression = compression
         self._open: dict[int, _Course] = {}
         self._cancelled: dict[int, set[tuple[int, int]]] = {}  # session number -> its (epoch, run id)
         self._abandoned = False
@@ -210,8 +214,7 @@ class StageWorker:
         cells = self._layers.admit(session.number, run)
         output = None
         if not frame.void and not should_stop():
-            hidden = _to_tensor(frame.activation) if frame.activation else None
-            output = self._layers.forward(session.number, run, hidden, cells, should_stop)
+            output = self._layers.forward(session.number, run, self._hidden(frame), cells, should_stop)
         end, hops = time.monotonic(), frame.hops
         if pace and self._pause:
             predictions = len(output) if isinstance(output, list) else 0
@@ -234,18 +237,15 @@ class StageWorker:
             if isinstance(output, torch.Tensor):
                 raise FrameError(f"run {run.run_id}: the last stage computed activations instead of tokens")
             return ResultFrame(session, run.run_id, None if output is None else tuple(output), stamps, hops)
-        activation = _from_tensor(output) if isinstance(output, torch.Tensor) else None
+        activation = to_activation(output, self._compression) if isinstance(output, torch.Tensor) else None
         return RunFrame(session, run, activation, void, stamps, hops)
 
-
-def _to_tensor(activation: Activation) -> torch.Tensor:
-    """Hidden states ``[rows, hidden]`` in memory of their own."""
-    dtype = getattr(torch, activation.dtype)
-    return torch.frombuffer(bytearray(activation.data), dtype=dtype).view(activation.shape)
-
-
-def _from_tensor(hidden: torch.Tensor) -> Activation:
-    rows, width = hidden.shape
-    plain = hidden if hidden.dtype == torch.float32 else hidden.contiguous().view(torch.int16)
-    data = plain.numpy().tobytes()
-    return Activation(str(hidden.dtype).removeprefix("torch."), (rows, width), data)
+    def _hidden(self, frame: RunFrame) -> torch.Tensor | None:
+        if frame.activation is None:
+            return None
+        if frame.activation.compression != self._compression:
+            raise FrameError(
+                f"run {frame.run.run_id}: activation_compression is {frame.activation.compression} on the way to stage "
+                f"{self._stage}, which was told {self._compression}"
+            )
+        return to_hidden(frame.activation)

@@ -196,11 +196,15 @@ def result(
     text: str | None = None,
     stages: Sequence[StageSummary] = (),
     bound: "Bound | None" = None,
+    lossy: str | None = None,
 ) -> dict[str, Any]:
-    """The object that ``--json`` prints; ``text`` only for real runs, ``stages``, ``bound`` only for simulated ones."""
+    """The object that ``--json`` prints; ``text``, ``lossy`` only for real runs, ``stages``, ``bound`` only for
+    simulated ones."""
     shown: dict[str, Any] = {"policy": trace.policy, "seed": trace.seed, "tokens": list(trace.tokens)}
     if text is not None:
         shown["text"] = text
+    if lossy is not None:
+        shown["lossy"] = lossy
     shown["metrics"] = metrics.as_dict()
     if stages:
         shown["stages"] = [dataclasses.asdict(stage) for stage in stages]
@@ -221,12 +225,13 @@ def report(
     stages: Sequence[StageSummary] = (),
     bound: "Bound | None" = None,
     window: tuple[float, float] | None = None,
+    lossy: str | None = None,
 ) -> None:
     """Shows the result and writes the files that were asked for; exits with status 1 unless all tokens are there."""
     metrics = compute_metrics(trace)
     with printing():
         if as_json:
-            print(json.dumps(result(trace, metrics, text, stages, bound), allow_nan=False))
+            print(json.dumps(result(trace, metrics, text, stages, bound, lossy), allow_nan=False))
         else:
             Console().print(metrics_table(trace, metrics, bound))
             if stages:

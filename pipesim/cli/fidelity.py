@@ -118,7 +118,7 @@ def _describe(
         raise BadInputError(f"--stages {stages}: {cluster} lists {len(hosts)} stages, leave --stages out")
     described, layers = executor.describe(model, len(hosts) if hosts else 2 if stages is None else stages)
     raw: dict[str, Any] = {
-        "model": described.model_dump(),
+        "model": described.model_dump(exclude_unset=True),
         "cluster": {
             "stages": [{"layers": count, "cost": {"kind": "linear", "constant_ms": 1}} for count in layers],
             "drafter": {"level_ms": 0},
@@ -230,6 +230,7 @@ def compare_command(
         "repeats": repeats,
         "replays_identical": len(traces),
         "calibration": _evidence(measured),
+        **({"lossy": lossy} if (lossy := loaded.execution.lossy) else {}),
         "metrics": {name: dataclasses.asdict(figure) for name, figure in figures.items()},
     }
     if pace:
@@ -285,6 +286,8 @@ def closing_note(scenario: Scenario, repeats: int) -> str:
             f"medians of {evidence.rounds} rounds. Relative errors of the fits (root mean square): "
             f"{_listed(evidence.residuals)}. "
         )
+    if lossy := scenario.execution.lossy:
+        note += f"Lossy: {lossy}. "
     return (
         f"{note}Acceptance: the drafter's candidates along the text of plain decoding. The prediction saw none of the "
         f"{repeats} runs. All texts were equal, all event logs replayed exactly."

@@ -126,7 +126,7 @@ def generate_command(
         raise BadInputError(f"--stages {stages}: {cluster} lists {len(hosts)} stages, leave --stages out")
     described, layers = executor.describe(model, len(hosts) if hosts else 2 if stages is None else stages)
     description: dict[str, Any] = {
-        "model": described.model_dump(),
+        "model": described.model_dump(exclude_unset=True),
         # costs are for simulation: nobody reads them here
         "cluster": {
             "stages": [{"layers": count, "cost": {"kind": "linear", "constant_ms": 1}} for count in layers],
@@ -153,7 +153,7 @@ def generate_command(
     apply_overrides(description, overrides or ())
     scenario = build_scenario(description, "generate")
     outcome = _execute(executor, scenario, events, as_json, record_acceptance)
-    _report_generation(outcome, as_json, trace)
+    _report_generation(outcome, as_json, trace, scenario.execution.lossy)
 
 
 def _execute(
@@ -170,6 +170,8 @@ def _execute(
                 print()
         if record and outcome.acceptance:
             write_acceptance_trace(outcome.acceptance, record)
+        if lossy := scenario.execution.lossy:
+            diagnostic(f"lossy: {lossy}")
         return outcome
 
 
@@ -190,12 +192,12 @@ def _devices(listed: str | None) -> str | list[str] | None:
     return listed.split(",") if listed and "," in listed else listed
 
 
-def _report_generation(outcome: RealResult, as_json: bool, trace_file: Path | None) -> None:
+def _report_generation(outcome: RealResult, as_json: bool, trace_file: Path | None, lossy: str | None) -> None:
     """Figures for people on stderr: stdout holds the text alone, or the JSON object alone."""
     metrics = compute_metrics(outcome.trace)
     if as_json:
         with printing():
-            print(json.dumps(result(outcome.trace, metrics, outcome.text)))
+            print(json.dumps(result(outcome.trace, metrics, outcome.text, lossy=lossy)))
     elif sys.stderr.isatty():
         speed = "" if metrics.tokens_per_second is None else f", {metrics.tokens_per_second:.1f} tokens/s"
         rate = "" if metrics.acceptance_rate is None else f", {metrics.acceptance_rate:.0%} of drafted tokens accepted"
@@ -233,7 +235,16 @@ def execute_command(
     check_outputs(trace, events, record_acceptance, plot=plot)
     executor = executor_with_logs(log_level, log_file)
     outcome = _execute(executor, loaded, events, as_json, record_acceptance)
-    report(outcome.trace, as_json=as_json, trace_file=trace, plot_file=plot, text=outcome.text, window=window)
+    lossy = loaded.execution.lossy
+    report(
+        outcome.trace,
+        as_json=as_json,
+        trace_file=trace,
+        plot_file=plot,
+        text=outcome.text,
+        window=window,
+        lossy=lossy,
+    )
 
 
 @app.command("stage")

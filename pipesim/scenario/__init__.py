@@ -23,9 +23,11 @@ from pipesim.scenario.network import Hop, Link, LinkPlan, Links, OwnLink, Profil
 from pipesim.scenario.plans import DraftPlan, StagePlan, StageSummary
 from pipesim.scenario.scenario import Scenario, json_schema
 from pipesim.scenario.section import Section
-from pipesim.scenario.workload import Execution, PolicySection, Workload
+from pipesim.scenario.workload import ACTIVATION_BYTES, SCALE_BYTES, Execution, PolicySection, Workload
 
 __all__ = [
+    "ACTIVATION_BYTES",
+    "SCALE_BYTES",
     "Acceptance",
     "AllReduce",
     "Calibration",

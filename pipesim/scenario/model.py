@@ -103,4 +103,5 @@ class Model(ModelShapeSection):
     name: str
     """What to load for real: a known name such as smollm2-135m, a path, or a hub name. A label in simulation."""
     activation_bytes: int = Field(default=4, ge=1)
-    """Bytes of one activation element on a link (4: float32). With a profile: 4 for fp32 weights, otherwise 2."""
+    """Bytes of one activation element on a link. Left out: 2 if execution.dtype is bfloat16 or quantized, otherwise 4;
+    with a profile, 4 for fp32 weights, otherwise 2."""

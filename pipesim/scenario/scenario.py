@@ -30,7 +30,7 @@ from pipesim.scenario.plans import (
     summarize,
 )
 from pipesim.scenario.section import Section
-from pipesim.scenario.workload import Execution, PolicySection, Workload
+from pipesim.scenario.workload import ACTIVATION_BYTES, SCALE_BYTES, Execution, PolicySection, Workload
 from pipesim.scheduling.policy import make_policy, policy_class, policy_names
 from pipesim.scheduling.scheduler import Scheduler
 
@@ -66,6 +66,15 @@ class Scenario(Section):
             case {"policy": {"name": str(name)} as policy, "policies": dict(policies)}:
                 settings = policies.get(name)
                 return {**raw, "policy": {**settings, **policy}} if isinstance(settings, dict) else raw
+        return raw
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_the_model(cls, raw: Any) -> Any:
+        match raw:
+            case {"model": dict(model), "execution": {"dtype": str(dtype)}} if dtype in ACTIVATION_BYTES:
+                if model.get("profile") is None:
+                    return {**raw, "model": {"activation_bytes": ACTIVATION_BYTES[dtype], **model}}
         return raw
 
     @model_validator(mode="after")
@@ -214,6 +223,12 @@ class Scenario(Section):
         """The drafter's times, given or from its model; for trees of ``branches``, None: of as many as the policy's."""
         branches = branches or self.policy.build().limits.branches
         return draft_plan(self.cluster.drafter, self.prompt_length(), self._middle(), branches)
+
+    def row_bytes(self) -> int:
+        """What the activations of one row take on a link between stages."""
+        if self.execution.activation_compression == "none":
+            return self.model.hidden * self.model.activation_bytes
+        return self.model.hidden + SCALE_BYTES
 
     def kv_cells(self) -> int:
         """KV cells of every stage."""

@@ -8,6 +8,13 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pipesim.scenario.section import Section
 from pipesim.scheduling.policy import Policy, make_policy
 
+ACTIVATION_BYTES = {"float32": 4, "bfloat16": 2, "float16": 4, "quantized": 2}
+"""Bytes of an activation element between real stages, by ``execution.dtype``. Hidden states are as wide on the way as
+they are between any two layers, so that it makes no difference where a stage ends. With float16 weights that is
+float32: hidden states of real models leave float16's range (103,795 in Gemma-3-270M)."""
+SCALE_BYTES = 4
+"""Beside one byte per element, what a row of compressed activations takes."""
+
 
 class Workload(Section):
     """What the user asks for."""
@@ -83,7 +90,8 @@ class Execution(Section):
     hosts: tuple[str | None, ...] | None = Field(default=None, strict=False)
     """host:port of a running stage server for each stage, null to start one here; null: start all here."""
     dtype: Literal["float32", "bfloat16", "float16", "quantized"] = "float32"
-    """Number format of weight matrices; quantized: a GGUF file's blocks (Q4_0 to Q8_0, Q4_K to Q6_K) as they are."""
+    """Number format of weight matrices; quantized: a GGUF file's blocks (Q4_0 to Q8_0, Q4_K to Q6_K) as they are.
+    Activations are float32, with bfloat16 and quantized weights bfloat16."""
     device: Annotated[str | tuple[str | None, ...] | None, BeforeValidator(_devices)] = None
     """Where stages compute: cpu, cuda:0, cuda:1, ..; one for all or one for each stage. null: what the stage server was
     started with, cpu for those started here."""
@@ -91,6 +99,10 @@ class Execution(Section):
     """Where a draft model computes."""
     kernels: Literal["auto", "native", "torch"] = "auto"
     """What computes on CPUs: native kernels, compiled there, or torch's operations; auto: native where possible."""
+    activation_compression: Literal["none", "fp8", "int8"] = "none"
+    """For slow links, lossy: activations travel in one byte per element and 4 per row, each row scaled by itself. The
+    text depends on it, and on where stages end, but still not on policy, micro-batches or losses. Simulations count
+    its bytes."""
     threads_per_stage: int = Field(default=1, ge=1)
     """Compute threads of each stage process."""
     emulate: bool = False
@@ -106,6 +118,13 @@ class Execution(Section):
     spares: tuple[str, ...] = Field(default=(), strict=False)
     """host:port of running stage servers without a stage: each takes the place of one of hosts that is lost and does
     not come back within 10 s."""
+
+    @property
+    def lossy(self) -> str | None:
+        """What makes the text another one than the same stages' without it, for people; None if nothing does."""
+        if self.activation_compression == "none":
+            return None
+        return f"activations travel as {self.activation_compression} (execution.activation_compression)"
 
     def devices(self, stages: int) -> tuple[str | None, ...]:
         """The device of each of so many stages."""

@@ -259,7 +259,7 @@ class _Pipeline:
         hops = [at_best(link) for link in scenario.links() if link.group == "data"]
         self.overhead = round(cluster.head.overhead_ms * 1e6)
         self._prompt, self._chunk, self._window = prompt, cluster.prefill_chunk, cluster.prefill_window
-        activations = scenario.model.hidden * scenario.model.activation_bytes
+        activations = scenario.row_bytes()
         sorts: list[StagePlan] = []
         stages: list[_Stage] = []
         self._way: list[_Wire | _Stage] = []

@@ -87,7 +87,7 @@ class Simulation:
         self._device = device_of(cluster.head.device, "head")
         self._heard: deque[_Heard] = deque()
         self._busy = False
-        self._row_bytes = scenario.model.hidden * scenario.model.activation_bytes
+        self._row_bytes = scenario.row_bytes()
         self._told_drafter = 0
         self._path_parts = path_parts(len(plans))
         self._emitted_at = 0

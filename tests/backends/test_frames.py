@@ -64,14 +64,29 @@ def runs(draw: st.DrawFn) -> Run:
 
 
 @st.composite
+def plain_activations(draw: st.DrawFn, rows: int) -> Activation:
+    dtype, size = draw(st.sampled_from([("float32", 4), ("bfloat16", 2)]))
+    width = draw(st.integers(1, 5))
+    count = rows * width * size
+    return Activation(dtype, (rows, width), draw(st.binary(min_size=count, max_size=count)))
+
+
+@st.composite
+def compressed_activations(draw: st.DrawFn, rows: int) -> Activation:
+    compression = draw(st.sampled_from(["fp8", "int8"]))
+    width = draw(st.integers(1, 5))
+    scales = draw(st.lists(st.floats(0, 2.0**100, width=32), min_size=rows, max_size=rows))
+    codes = draw(st.lists(st.integers(0, 255).filter(lambda code: code & 127 != 127), min_size=5, max_size=5))
+    data = struct.pack(f"<{rows}f", *scales) + bytes(codes[:width]) * rows
+    return Activation(draw(st.sampled_from(["float32", "bfloat16"])), (rows, width), data, compression)
+
+
+@st.composite
 def run_frames(draw: st.DrawFn) -> RunFrame:
     run, void = draw(runs()), draw(st.booleans())
     activation = None
     if not void and draw(st.booleans()):
-        dtype, size = draw(st.sampled_from([("float32", 4), ("bfloat16", 2)]))
-        width = draw(st.integers(1, 5))
-        count = run.rows * width * size
-        activation = Activation(dtype, (run.rows, width), draw(st.binary(min_size=count, max_size=count)))
+        activation = draw(st.one_of(plain_activations(run.rows), compressed_activations(run.rows)))
     return RunFrame(SESSION, run, activation, void, draw(stamps))
 
 
@@ -181,22 +196,23 @@ def _with_metadata(metadata: object, payload: bytes = b"", kind: int = FrameKind
         {},
         [],
         ["prefill"],
-        ["unheard-of", [1], [1], [b"\1"], 0, [], "", 0, []],
-        ["prefill", [], [], [], 0, [], "", 0, []],
-        ["prefill", [1], [1, 2], [b"\1"], 0, [], "", 0, []],
-        ["prefill", [-1], [1], [b"\1"], 0, [], "", 0, []],
-        ["prefill", [1], [2**31], [b"\1"], 0, [], "", 0, []],
-        ["prefill", ["1"], [1], [b"\1"], 0, [], "", 0, []],
-        ["prefill", [1], [1], [1], 0, [], "", 0, []],
-        ["prefill", [1], [1], [b"\1"], 2, [], "", 0, []],
-        ["prefill", [1], [1], [b"\1"], 0, [["burn", 0, b"\1", 0, 1]], "", 0, []],
-        ["prefill", [1], [1], [b"\1"], 0, [["copy", 0, b"\1", -1, 1]], "", 0, []],
-        ["prefill", [1], [1], [b"\1"], 0, [], "", 4, []],
-        ["prefill", [1], [1], [b"\1"], 0, [], "float64", 4, []],
-        ["prefill", [1], [1], [b"\1"], 0, [], "float32", 4, []],
-        ["prefill", [1], [1], [b"\1"], 0, [], "float32", 0, []],
-        ["prefill", [1], [1], [b"\1"], 0, [], "", 0, [[0, 1.0]]],
-        ["prefill", [1], [1], [b"\1"], 0, [], "", 0, [], "more"],
+        ["unheard-of", [1], [1], [b"\1"], 0, [], "", 0, "none", []],
+        ["prefill", [], [], [], 0, [], "", 0, "none", []],
+        ["prefill", [1], [1, 2], [b"\1"], 0, [], "", 0, "none", []],
+        ["prefill", [-1], [1], [b"\1"], 0, [], "", 0, "none", []],
+        ["prefill", [1], [2**31], [b"\1"], 0, [], "", 0, "none", []],
+        ["prefill", ["1"], [1], [b"\1"], 0, [], "", 0, "none", []],
+        ["prefill", [1], [1], [1], 0, [], "", 0, "none", []],
+        ["prefill", [1], [1], [b"\1"], 2, [], "", 0, "none", []],
+        ["prefill", [1], [1], [b"\1"], 0, [["burn", 0, b"\1", 0, 1]], "", 0, "none", []],
+        ["prefill", [1], [1], [b"\1"], 0, [["copy", 0, b"\1", -1, 1]], "", 0, "none", []],
+        ["prefill", [1], [1], [b"\1"], 0, [], "", 4, "none", []],
+        ["prefill", [1], [1], [b"\1"], 0, [], "float64", 4, "none", []],
+        ["prefill", [1], [1], [b"\1"], 0, [], "float32", 4, "none", []],
+        ["prefill", [1], [1], [b"\1"], 0, [], "float32", 0, "none", []],
+        ["prefill", [1], [1], [b"\1"], 0, [], "", 0, "none", [[0, 1.0]]],
+        ["prefill", [1], [1], [b"\1"], 0, [], "", 0, "fp8", []],
+        ["prefill", [1], [1], [b"\1"], 0, [], "", 0, "none", [], "more"],
     ],
 )
 def test_bad_metadata_is_refused(metadata: object) -> None:
@@ -205,11 +221,45 @@ def test_bad_metadata_is_refused(metadata: object) -> None:
 
 
 def test_the_activation_must_have_the_size_that_it_claims() -> None:
-    good = ["canonical", [1], [1], [b"\1"], 0, [], "float32", 4, []]
+    good = ["canonical", [1], [1], [b"\1"], 0, [], "float32", 4, "none", []]
     assert decode(_with_metadata(good, bytes(16)))
     for size in (15, 17, 32):
         with pytest.raises(FrameError, match="bytes, not"):
             decode(_with_metadata(good, bytes(size)))
+
+
+def _compressed(payload: bytes, compression: object = "fp8", width: int = 3) -> bytes:
+    """Of two rows."""
+    metadata = ["canonical", [1, 1], [1, 2], [b"\1"] * 2, 0, [], "bfloat16", width, compression, []]
+    return _with_metadata(metadata, payload)
+
+
+@pytest.mark.parametrize("compression", ["fp8", "int8"])
+def test_compressed_activations_are_checked_to_the_last_byte(compression: str) -> None:
+    scales = struct.pack("<2f", 0.5, 0.0)
+    assert decode(_compressed(scales + bytes(6), compression))
+    for size in (0, 5, 7, 12):
+        with pytest.raises(FrameError, match="bytes, not"):
+            decode(_compressed(scales + bytes(size), compression))
+    for scale in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(FrameError, match="scale is negative or not finite"):
+            decode(_compressed(struct.pack("<2f", 1.0, scale) + bytes(6), compression))
+    with pytest.raises(FrameError, match="bytes, not"):
+        decode(_compressed(scales, compression, width=0))
+
+
+@pytest.mark.parametrize("code", [0x7F, 0xFF])
+def test_what_is_not_a_number_does_not_come_through(code: int) -> None:
+    payload = struct.pack("<2f", 1.0, 1.0) + bytes(5) + bytes([code])
+    assert decode(_compressed(payload, "int8"))
+    with pytest.raises(FrameError, match="not a number"):
+        decode(_compressed(payload, "fp8"))
+
+
+@pytest.mark.parametrize("compression", ["zip", None, 8, ""])
+def test_an_unknown_compression_is_refused(compression: object) -> None:
+    with pytest.raises(FrameError):
+        decode(_compressed(bytes(14), compression))
 
 
 def test_settings_out_of_range_do_not_open_a_session() -> None:
@@ -233,7 +283,7 @@ def test_a_run_has_a_bounded_number_of_rows() -> None:
         encode(RunFrame(SESSION, a_run(**rows(MAX_ROWS + 1))))
     many = [1] * (MAX_ROWS + 1)
     with pytest.raises(FrameError, match="length"):
-        decode(_with_metadata(["prefill", many, many, [b"\1"] * len(many), 0, [], "", 0, []]))
+        decode(_with_metadata(["prefill", many, many, [b"\1"] * len(many), 0, [], "", 0, "none", []]))
 
 
 def test_the_token_is_known_before_the_rest_is_read() -> None:

@@ -372,7 +372,10 @@ def test_log_settings_that_cannot_be_are_bad_input(scenario: Path) -> None:
         ("model.layers=7", "model.layers = 7"),
         ("model.hidden=32", "model.hidden = 32"),
         ("model.vocabulary=200", "model.vocabulary = 200"),
-        ("model.activation_bytes=2", "model.activation_bytes = 2"),
+        (
+            "model.activation_bytes=2",
+            "model.activation_bytes = 2: with execution.dtype float32, real stages exchange 4",
+        ),
         ("acceptance=null", "acceptance"),
         ("acceptance={kind: per_depth, rates: [0.9]}", "kind: iid or markov"),
         ("workload.max_new_tokens=2000", "max_new_tokens = 2000"),
@@ -468,6 +471,32 @@ def test_three_commands_give_a_calibrated_prediction_of_one_s_own_machines(tiny_
     content = page.read_text()
     assert content.count('<svg class="timeline"') == 2
     assert "http" not in content.replace("http-equiv", ""), "the page fetches nothing"
+
+
+def test_activations_travel_as_wide_as_asked_and_lossy_ones_are_named(scenario: Path) -> None:
+    rows, hidden = 30 + 24 - 1, 64
+    sent = {}
+    for dtype, form in (("float32", "none"), ("bfloat16", "none"), ("bfloat16", "fp8"), ("float32", "int8")):
+        sets = ("policy.name=autoregressive", f"execution={{dtype: {dtype}, activation_compression: {form}}}")
+        done = pipesim("execute", scenario, "--json", *(word for one in sets for word in ("--set", one)))
+        told = as_json(done)
+        metrics = told["metrics"]
+        assert isinstance(metrics, dict)
+        sent[dtype, form] = metrics["link_bytes"]
+        assert ("lossy" in told) == (form != "none") == ("lossy" in done.stderr)
+        assert form == "none" or f"activations travel as {form}" in str(told["lossy"])
+    widest, about = sent["float32", "none"], {"abs": 5 * rows}  # a number in the metadata may be a byte longer or two
+    assert widest - sent["bfloat16", "none"] == pytest.approx(rows * hidden * 2, **about)
+    assert widest - sent["float32", "int8"] == pytest.approx(rows * (hidden * 3 - 4), **about)
+    assert sent["bfloat16", "none"] - sent["bfloat16", "fp8"] == pytest.approx(rows * (hidden - 4), **about)
+
+
+def test_generate_and_compare_name_lossy_activations(tiny_folder: Path, scenario: Path) -> None:
+    lossy = ("--set", "execution.activation_compression=fp8")
+    told = as_json(generate(tiny_folder, "--max-new-tokens", 4, "--dtype", "bfloat16", "--json", *lossy))
+    assert "fp8" in str(told["lossy"])
+    compared = pipesim("compare", scenario, "--repeats", 1, "--rounds", 2, *lossy)
+    assert "Lossy: activations travel as fp8" in " ".join(compared.stdout.split()), compared.stderr
 
 
 def test_compare_takes_stop_strings(scenario: Path) -> None:
