@@ -183,6 +183,12 @@ def windowed(measured: Measured, windows: int = 24) -> list[tuple[int, float, fl
     return found
 
 
+def distinct(tokens: Sequence[int]) -> float:
+    """The share of different sequences of four tokens: near 0, a text repeats itself for ever."""
+    fours = list(zip(*(tokens[start:] for start in range(4)), strict=False))
+    return len(set(fours)) / max(1, len(fours))
+
+
 def growth_kib(measured: Measured, name: str) -> float:
     """KiB per token by which a process grows after the warm-up: the slope of a straight line."""
     late = [(one.tokens, one.memory_mib[name]) for one in measured.samples if one.tokens >= WARM_UP]
@@ -230,12 +236,23 @@ def page(all_measured: Sequence[Measured], figure: str) -> str:
         quarters = " / ".join(f"{speed:.1f}" for _, speed, _ in windows)
         bare = f"{one.bare_ms[0][1]:.1f} .. {one.bare_ms[-1][1]:.1f}"
         speed = f"{(len(trace.tokens) - 1) / (last - first):.1f}"
-        speeds.append([one.model, one.dtype, len(trace.tokens), speed, quarters, f"{rate:.0%}", bare, told])
+        new = f"{distinct(trace.tokens[len(trace.tokens) // 2 :]):.0%}"
+        speeds.append([one.model, one.dtype, len(trace.tokens), speed, quarters, f"{rate:.0%}", new, bare, told])
         for name in one.samples[0].memory_mib:
             warm = next((s for s in one.samples if s.tokens >= WARM_UP), one.samples[-1]).memory_mib[name]
             end, growth = one.samples[-1].memory_mib[name], growth_kib(one, name)
             memories.append([f"{one.model}, {name}", f"{warm:.1f}", f"{end:.1f}", f"{growth:.2f}"])
-    titles = ["model", "dtype", "tokens", "tokens/s", "by quarter", "accepted", "bare pass, ms", "stages : bare"]
+    titles = [
+        "model",
+        "dtype",
+        "tokens",
+        "tokens/s",
+        "by quarter",
+        "accepted",
+        "distinct",
+        "bare pass, ms",
+        "stages : bare",
+    ]
     parts = [
         "# Long generations",
         "One request each, two stages and an n-gram drafter as processes on one machine "
@@ -243,7 +260,8 @@ def page(all_measured: Sequence[Measured], figure: str) -> str:
         f"thread per stage, end tokens ignored, sampled at temperature {all_measured[0].temperature:g}.",
         f"![memory, speed and stage time]({figure})",
         markdown_table(titles, speeds),
-        "*by quarter*: tokens/s in each quarter of the time. *bare pass*: one row through the whole model in one "
+        "*by quarter*: tokens/s in each quarter of the time. *distinct*: different sequences of four tokens, among "
+        "all in the text's second half. *bare pass*: one row through the whole model in one "
         "process behind so much text, at the shortest and at the longest measured KV length. *stages : bare*: what "
         "both stages together took for one-row runs at about that length (median), at the beginning, in the middle and "
         "at the end: as long as it does not rise, nothing but attention slows the text down.",
@@ -268,7 +286,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, help="so many with each model, for a trial")
     parser.add_argument("--models", nargs="+", default=[GEMMA, DEFAULT_MODEL])
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 soon repeats itself for ever")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 soon repeats itself for ever")
     options = parser.parse_args()
     check_outputs(options.output)
     lengths = {GEMMA: 10_240}

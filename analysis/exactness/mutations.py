@@ -83,14 +83,13 @@ def _noise_by_run() -> None:
     _replace(Sampling, "pick", make_pick)
 
 
-def _history_of_another_branch() -> None:
+def _history_of_others() -> None:
     from backends.models.stage_model import Session
 
     def make(histories: Any) -> Any:
         def mutated(self: Session, run: Run) -> Any:
-            found = histories(self, run)
-            longest = max(found, key=len, default=())
-            return [longest[: len(history)] for history in found]
+            last = run.tokens
+            return [(*history, *last)[len(last) :] for history in histories(self, run)]
 
         return mutated
 
@@ -133,7 +132,10 @@ STAGE_DEFECTS: dict[str, tuple[str, Callable[[], None]]] = {
     "leaked cell": ("a row sees the newest cell of each position before its own, on whatever branch", _leaked_cell),
     "forgotten operations": ("KV operations before drafted runs of over four rows are skipped", _forgotten_operations),
     "noise by run": ("the sampling noise is a function of the run, too, not of the position alone", _noise_by_run),
-    "another's history": ("the repetition penalty looks at the longest branch of a run", _history_of_another_branch),
+    "another's history": (
+        "the repetition penalty takes all rows of a run for the last tokens before each",
+        _history_of_others,
+    ),
     "rows in disorder": ("a run's predictions come home sorted, not row by row", _rows_in_disorder),
 }
 """Defects of stages by name: in words, and what brings them about in a stage's process."""

@@ -12,8 +12,8 @@ from analysis.exactness.mutations import DEFECTS
 from analysis.pages import fill, markdown_table
 
 
-def page(outcomes: Sequence[Outcome], defective: Mapping[str, Sequence[Outcome]]) -> str:
-    """The page as Markdown."""
+def page(outcomes: Sequence[Outcome], defective: Mapping[str, Sequence[Outcome]], commit: str) -> str:
+    """The page as Markdown; ``commit`` is what was run."""
     table = frame(outcomes)
     bad = [outcome for outcome in outcomes if outcome["verdict"] != EQUAL]
     fates: Counter[str] = sum((Counter(one.get("fates", {})) for one in outcomes), Counter())
@@ -27,8 +27,8 @@ def page(outcomes: Sequence[Outcome], defective: Mapping[str, Sequence[Outcome]]
     parts = [
         "# Exactness: no text ever changes",
         f"{len(outcomes)} random combinations, **{good} of them with the text of plain decoding, token for token, and "
-        f"an event log that replays (I9)**; {len(bad)} bad. Each is a generation on a pipeline of processes over gRPC, "
-        "held against a plain loop in one process: prompt in chunks, then one row at a time, no scheduler.",
+        f"an event log that replays (I9)**; {len(bad)} bad (commit {commit}). Each is a generation on "
+        "a pipeline of processes over gRPC, held against a plain loop in one process: prompt in chunks, then one row at a time, no scheduler.",
         *_failures(bad),
         "Combined at random: the policy with all its settings and switches; the drafter (n-gram, planted, layer-skip, "
         "or a draft model: here the target's first layers); stages and their sizes; micro-batch, branches, bars of "

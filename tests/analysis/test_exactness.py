@@ -11,7 +11,7 @@ from analysis.exactness.page import frame, page
 from backends.models.random_models import FAMILY_CONFIGS
 from pipesim.sweep.journal import Journal
 
-PIPELINES = (3, 4, 14, 15, 18, 23)
+PIPELINES = (0, 14, 18, 22, 23, 24)
 EACH = 7
 NUMBERS = [pipeline * PER_PIPELINE + number for pipeline in PIPELINES for number in range(2, 2 + EACH)]
 
@@ -69,6 +69,7 @@ def test_what_is_in_the_journal_is_not_run_again_and_the_page_tells_all(
         assert run_campaign(NUMBERS[:1], journal, told.append) == first
     assert not told
     broken = [{**outcomes[0], "verdict": "another text from token 3 on"}, *outcomes[1:]]
-    text = page(broken, dict.fromkeys(DEFECTS, outcomes[:2]))
+    text = page(broken, dict.fromkeys(DEFECTS, outcomes[:2]), "c0ffee")
     assert f"| {NUMBERS[0]} | another text from token 3 on |" in text
+    assert "c0ffee" in text
     assert "smollm2" not in text
