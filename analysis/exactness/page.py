@@ -27,8 +27,9 @@ def page(outcomes: Sequence[Outcome], defective: Mapping[str, Sequence[Outcome]]
     parts = [
         "# Exactness: no text ever changes",
         f"{len(outcomes)} random combinations, **{good} of them with the text of plain decoding, token for token, and "
-        f"an event log that replays (I9)**; {len(bad)} bad (commit {commit}). Each is a generation on "
-        "a pipeline of processes over gRPC, held against a plain loop in one process: prompt in chunks, then one row at a time, no scheduler.",
+        f"an event log that replays (I9)**; {len(bad)} bad (commit {commit}). Each is a generation on a pipeline of "
+        "processes over gRPC, held against a plain loop in one process: prompt in chunks, then one row at a time, no "
+        "scheduler.",
         *_failures(bad),
         "Combined at random: the policy with all its settings and switches; the drafter (n-gram, planted, layer-skip, "
         "or a draft model: here the target's first layers); stages and their sizes; micro-batch, branches, bars of "
