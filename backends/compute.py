@@ -9,10 +9,22 @@ import select
 import selectors
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any
+from contextvars import Context
+from typing import Any, TypeVarTuple, Unpack
 
-_TURNS = 4
-"""So many turns of the loop take an arrived message from the socket to its handler, and the answer to the network."""
+_Ts = TypeVarTuple("_Ts")
+
+
+class _RestlessLoop(asyncio.SelectorEventLoop):
+    """Knows whether anything waits for its next turn that no news from the network would announce: ``scheduled``."""
+
+    scheduled = False
+
+    def call_soon(
+        self, callback: Callable[[Unpack[_Ts]], object], *args: *_Ts, context: Context | None = None
+    ) -> asyncio.Handle:
+        self.scheduled = True
+        return super().call_soon(callback, *args, context=context)
 
 
 class ComputeLoop:
@@ -24,7 +36,7 @@ class ComputeLoop:
 
     def __init__(self) -> None:
         selector = selectors.DefaultSelector()
-        self._loop = asyncio.SelectorEventLoop(selector)
+        self._loop = _RestlessLoop(selector)
         self._selector = selector.fileno()
         self._news = select.poll()
         self._news.register(self._selector, select.POLLIN)
@@ -50,18 +62,21 @@ class ComputeLoop:
         return len(self._jobs)
 
     def checkpoint(self) -> None:
-        """Called by a job: what has arrived meanwhile is handled, and answered, before the job goes on."""
-        if self._news.poll(0):
-            self._turn(_TURNS)
+        """Called by a job: what has arrived meanwhile is handled, and answered, before the job goes on.
+
+        Timers of the loop that are due wait for the next arrival: a heartbeat, twice a second.
+        """
+        if self._loop.scheduled or self._news.poll(0):
+            self._settle()
 
     def pause(self, seconds: float) -> None:
         """Called by a job: waits so long, or until something has arrived, which is handled.
 
         The loop's own timers would come up to a millisecond late.
         """
-        self._turn(_TURNS)
+        self._settle()
         if select.select((self._selector,), (), (), seconds)[0]:
-            self._turn(_TURNS)
+            self._settle()
 
     def run(self, main: Coroutine[Any, Any, None]) -> None:
         """Runs ``main`` to its end, and the jobs that are submitted meanwhile."""
@@ -72,7 +87,7 @@ class ComputeLoop:
                 if self._jobs:
                     self._jobs.popleft()()
                     if self._jobs:
-                        self._turn(1)  # what the job has left to send goes out before the next one computes
+                        self._turn()  # what the job has left to send goes out before the next one computes
                 else:
                     self._idle = True
                     self._loop.run_forever()
@@ -96,10 +111,16 @@ class ComputeLoop:
         while not outcomes.done():  # a job that was broken off may have left a stop behind
             self._loop.run_forever()
 
-    def _turn(self, times: int) -> None:
-        for _ in range(times):
-            self._loop.call_soon(self._loop.stop)
-            self._loop.run_forever()
+    def _settle(self) -> None:
+        """From the socket to the answer a message takes three turns of the loop, and a new stream more."""
+        self._turn()
+        while self._loop.scheduled:
+            self._turn()
+
+    def _turn(self) -> None:
+        self._loop.call_soon(self._loop.stop)
+        self._loop.scheduled = False
+        self._loop.run_forever()
 
 
 async def _outcomes(tasks: Sequence[asyncio.Task[Any]]) -> None:

@@ -55,7 +55,9 @@ class DrafterLease(Lease):
 
     def _load(self) -> None:
         start = time.monotonic()
-        if self._order.drafter != "planted":  # that one needs to know the text first
+        if self._order.drafter == "planted":  # it needs to know the text first
+            import pipesim.simulation.acceptance  # noqa: F401  # takes long: later, it would look like a hang
+        else:
             self._loaded = load_drafter(self._order)
         event(_log, logging.INFO, "loaded", drafter=self._order.drafter, seconds=round(time.monotonic() - start, 3))
         self.tell(Ready())
