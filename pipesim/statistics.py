@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import stdtrit
 
 Statistic = Callable[[NDArray[np.float64]], float]
 """A figure of a sample, given as an array whose first dimension is the seeds."""
@@ -51,6 +50,8 @@ def mean_interval(values: Sequence[float]) -> Interval:
     mean = math.fsum(sample) / sample.size
     if sample.size == 1:
         return Interval(mean, math.nan, math.nan)
+    from scipy.special import stdtrit  # takes long to import
+
     half = float(stdtrit(sample.size - 1, 0.975)) * float(sample.std(ddof=1)) / math.sqrt(sample.size)
     return Interval(mean, mean - half, mean + half)
 

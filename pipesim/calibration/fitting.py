@@ -13,7 +13,6 @@ from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize_scalar, nnls
 
 from pipesim.calibration.observations import DraftSample, FloodSample, HeadSample, Observations, RunSample
 from pipesim.errors import BadInputError
@@ -68,6 +67,8 @@ class _Found:
         for one in samples:
             groups[equals(one)].append(one)
         design = np.array([[column(group[0]) for column in columns.values()] for group in groups.values()])
+
+        from scipy.optimize import nnls  # SciPy takes longer to import than the command line that finds us
 
         def solve(groups: Iterable[Sequence[float]]) -> NDArray[np.float64]:
             goal = np.array([statistics.median(group) for group in groups])
@@ -223,6 +224,8 @@ def _fit_contention(found: _Found, floods: Sequence[FloodSample], stages: int, c
             kind: statistics.median(one.seconds for one in samples if (one.rows, one.context, one.runs) == kind)
             for kind in kinds
         }
+
+        from scipy.optimize import minimize_scalar
 
         def error(contention: float) -> float:
             return sum(
