@@ -62,6 +62,8 @@ def configure_logging() -> None:
     for handler in handlers:
         root.addHandler(handler)
     root.setLevel(level.upper())
+    for name in ("asyncio", "grpc"):  # theirs is not our news
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def _fields(record: logging.LogRecord) -> dict[str, Any]:

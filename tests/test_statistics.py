@@ -2,7 +2,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipesim.statistics import bootstrap_interval, mean_interval, paired_difference, paired_ratio
@@ -43,6 +43,7 @@ def test_pairs_see_through_what_a_seed_does_to_both() -> None:
     assert (faster.low, faster.high) == (pytest.approx(1.1), pytest.approx(1.1))
 
 
+@settings(deadline=None)  # the first interval imports SciPy
 @given(st.lists(st.tuples(st.floats(0.1, 10), st.floats(0.1, 10)), min_size=2, max_size=9))
 def test_swapping_the_two_inverts_a_ratio_and_negates_a_difference(pairs: list[tuple[float, float]]) -> None:
     ours, theirs = zip(*pairs, strict=True)
