@@ -63,8 +63,10 @@ def all_logits(model: StageModel, tokens: list[int]) -> torch.Tensor:
         {"num_key_value_heads": 1, "head_dim": 32},
         {"rope_theta": 500000.0, "rope_scaling": LLAMA3},
         {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+        {"hidden_size": 70, "intermediate_size": 97, "vocab_size": 163, "head_dim": 24, "num_key_value_heads": 1}
+        | {"num_attention_heads": 70},
     ],
-    ids=["grouped", "tied", "multi-head", "multi-query-wide", "llama3-rope", "linear-rope"],
+    ids=["grouped", "tied", "multi-head", "multi-query-wide", "llama3-rope", "linear-rope", "odd-widths"],
 )
 def test_logits_equal_transformers(tmp_path: Path, changes: dict[str, Any]) -> None:
     source = tiny_source(tmp_path / "model", **changes)

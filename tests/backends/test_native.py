@@ -1,5 +1,7 @@
 """The native kernels: right, exact however many rows there are, true to a file's own quantization, and optional."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -193,21 +195,53 @@ def test_without_a_compiler_torch_serves_and_what_needs_kernels_is_refused(
         StageModel(tiny, 0, 4, "quantized")
 
 
+@pytest.fixture
+def compiled(fresh_choice: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Where a compiler, which takes a moment to copy what was compiled before, notes each time that it is called."""
+    fresh_choice.delenv("XDG_CACHE_HOME")
+    made = library.load()._name
+    library.load.cache_clear()
+    fresh_choice.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    script, calls = tmp_path / "compiler", tmp_path / "calls"
+    script.write_text(f"""#!/bin/sh
+[ "$1" = --version ] && exit
+echo >> {calls}
+while [ "$1" != -o ]; do shift; done
+sleep 0.3
+cp {made} "$2"
+""")
+    script.chmod(0o700)
+    fresh_choice.setenv("CXX", str(script))
+    return calls
+
+
 @needs_kernels
-def test_kernels_that_compute_wrong_are_not_used(tiny: ModelSource, fresh_choice: pytest.MonkeyPatch) -> None:
-    fresh_choice.setattr(PackedMatrix, "product", lambda self, rows, threads=1: rows[:, :1] * len(rows))
+def test_kernels_that_compute_wrong_are_not_used(
+    tiny: ModelSource, compiled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PackedMatrix, "product", lambda self, rows, threads=1: rows[:, :1] * len(rows))
     assert "self-check" in self_check.kernels_refusal()
     assert isinstance(StageModel(tiny, 0, 4).engine, TorchEngine)
 
 
 @needs_kernels
-def test_kernels_are_compiled_once(fresh_choice: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_stages_that_start_together_compile_once_and_damaged_kernels_anew(compiled: Path, tmp_path: Path) -> None:
+    load = [sys.executable, "-c", "from backends.models.native import library; library.load()"]
+    starting = [subprocess.Popen(load) for _ in range(3)]
+    assert [process.wait() for process in starting] == [0, 0, 0]
+    assert len(compiled.read_text()) == 1
+    (kept,) = (tmp_path / "cache" / "pipesim").glob("*.so")
+    kept.write_bytes(b"no library")
     library.load()
-    (compiled,) = (tmp_path / "cache" / "pipesim").iterdir()
-    made = compiled.stat().st_mtime_ns
-    library.load.cache_clear()
-    library.load()
-    assert compiled.stat().st_mtime_ns == made
+    assert len(compiled.read_text()) == 2
+
+
+@needs_kernels
+def test_without_a_place_to_keep_kernels_torch_serves(tiny: ModelSource, compiled: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").touch()
+    assert "cannot be kept in" in self_check.kernels_refusal()
+    assert isinstance(StageModel(tiny, 0, 4).engine, TorchEngine)
+    assert not compiled.exists()
 
 
 @needs_kernels

@@ -12,12 +12,15 @@ import pytest
 from pipelines import LAYERS, RunningPipeline, running, tiny_plan
 from tiny_models import save_tiny
 
+from backends.cluster import Recovery
+from backends.control import ConfigureStage
 from backends.models.loading import open_model
 from backends.models.stage_model import StageModel
 from backends.node import Node
 from backends.probing import Prober, Text
 from backends.reference import generate_in_one_process
 from backends.sampling import Sampling
+from pipesim.errors import PipesimError
 from pipesim.event_log import replay_log
 from pipesim.scheduling.commands import Outcome
 
@@ -156,3 +159,34 @@ def test_a_nursery_that_dies_takes_all_along_and_all_are_replaced(
     assert process
     nursery = psutil.Process(process.pid).parent()
     check(pipeline, expected, "pipeinfer", {12: nursery.kill}, tmp_path)
+
+
+@pytest.fixture
+def other_arithmetic(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Layers that a stage on another machine starts with: those stages tell another arithmetic."""
+    strange: list[int] = []
+    configure = Node.configure
+
+    async def tell(self: Node, order: ConfigureStage) -> None:
+        await configure(self, order)
+        if isinstance(order, ConfigureStage) and order.first_layer in strange:
+            self.arithmetic = "another"
+
+    monkeypatch.setattr(Node, "configure", tell)
+    return strange
+
+
+def test_stages_that_compute_differently_are_named_and_so_is_a_replacement_refused(
+    model: Path, other_arithmetic: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    with running(tiny_plan(model, 2, recovery=Recovery(attempts=1))):
+        assert "compute differently" not in caplog.text
+    other_arithmetic.append(4)
+    with running(tiny_plan(model, 2, recovery=Recovery(attempts=1))) as pipeline:
+        assert "compute differently, another split may yield another text: " in caplog.text
+        assert "layers 4..7): another" in caplog.text
+        other_arithmetic.append(0)
+        with pytest.raises(PipesimError, match="computes with another, the lost stage with"):
+            pipeline.generate(
+                "autoregressive", PROMPT, NEW_TOKENS, strikes={8: lambda: kill(pipeline.pipeline.stages[0])}
+            )

@@ -465,7 +465,7 @@ template <int COUNT> void mix_of(int dims, const float* weights, int stride, con
 // Queries of rows [first, stop) of one KV head. `qkv` is [rows][stride]; `out` [rows][out_stride].
 void attend(const Config& c, const Run& run, const Look& look, const Cache& cache, int kv, int first, int stop,
             const float* qkv, int stride, float* out, int out_stride) {
-    static thread_local std::vector<float> scores, weights, mixed;
+    static thread_local std::vector<float> scores, weights, mixed, inverse;
     static thread_local std::vector<int32_t> cells;
     const int group = c.heads / c.kv_heads, queries = (stop - first) * group, width = up16(c.head_dim);
     const int span = (look.last_block - look.first_block + 1) * LANES;
@@ -502,7 +502,7 @@ void attend(const Config& c, const Run& run, const Look& look, const Cache& cach
         std::memcpy(cells.data(), seen.prefix, seen.from_prefix * sizeof(int32_t));
         std::memcpy(cells.data() + seen.from_prefix, seen.tail, seen.from_tail * sizeof(int32_t));
         weights.resize((size_t)group * padded);
-        float inverse[64];
+        inverse.resize(group);
         for (int g = 0; g < group; g++) {
             const float* from = scores.data() + (size_t)((row - first) * group + g) * span - look.first_block * LANES;
             float* w = weights.data() + (size_t)g * padded;
@@ -528,10 +528,10 @@ void attend(const Config& c, const Run& run, const Look& look, const Cache& cach
             float* to = mixed.data() + (size_t)g * width;
             const int dims = width / LANES;
             switch (std::min(4, group - g)) {
-                case 1: mix_of<1>(dims, w, padded, cells.data(), n, values, width, to, width, inverse + g); break;
-                case 2: mix_of<2>(dims, w, padded, cells.data(), n, values, width, to, width, inverse + g); break;
-                case 3: mix_of<3>(dims, w, padded, cells.data(), n, values, width, to, width, inverse + g); break;
-                default: mix_of<4>(dims, w, padded, cells.data(), n, values, width, to, width, inverse + g);
+                case 1: mix_of<1>(dims, w, padded, cells.data(), n, values, width, to, width, inverse.data() + g); break;
+                case 2: mix_of<2>(dims, w, padded, cells.data(), n, values, width, to, width, inverse.data() + g); break;
+                case 3: mix_of<3>(dims, w, padded, cells.data(), n, values, width, to, width, inverse.data() + g); break;
+                default: mix_of<4>(dims, w, padded, cells.data(), n, values, width, to, width, inverse.data() + g);
             }
         }
         for (int g = 0; g < group; g++)

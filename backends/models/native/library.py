@@ -4,6 +4,7 @@ ctypes lets other Python threads run during a call.
 """
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -21,7 +22,7 @@ _FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fPIC", 
 _TUNED = (("-march=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())
 """Tried in this order: not every compiler knows all."""
 
-_COMPILE_TIMEOUT_S = 120
+_COMPILE_TIMEOUT_S = 600  # a busy machine takes minutes
 VERSION = 1
 """Of what the functions take."""
 
@@ -104,28 +105,47 @@ _FUNCTIONS: dict[str, tuple[type | None, tuple[type, ...]]] = {
 
 @functools.cache
 def load() -> ctypes.CDLL:
-    """The compiled kernels; compiling takes some ten seconds, the first time.
+    """The compiled kernels; compiling takes some ten seconds, the first time. Who comes meanwhile waits for them.
 
     Raises:
-        BadInputError: there is no compiler here, or it cannot compile them.
+        BadInputError: there is no compiler here, it cannot compile them, or there is no place to keep them.
     """
     compiler = _compiler()
     version = _run([*compiler, "--version"]).stdout
     key = hashlib.blake2b(digest_size=12)
-    for part in (_SOURCE.read_text(), " ".join(compiler), version, platform.machine(), _cpu_flags(), str(_FLAGS)):
+    settings = str((_FLAGS, _TUNED))
+    for part in (_SOURCE.read_text(), " ".join(compiler), version, platform.machine(), _cpu_flags(), settings):
         key.update(part.encode() + b"\0")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pipesim"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "pipesim"
     library = cache / f"kernels-{key.hexdigest()}.so"
-    if not library.exists():
-        _compile(compiler, library)
-    try:
-        kernels = ctypes.CDLL(str(library))
-    except OSError as error:
-        raise BadInputError(f"the compiled kernels cannot be loaded: {error}; delete {library}") from error
+    kernels = _kept(library) or _kept_or_compiled(compiler, library)
     for name, (result, arguments) in _FUNCTIONS.items():
         function = getattr(kernels, name)
         function.restype, function.argtypes = result, arguments
     return kernels
+
+
+def _kept(library: Path) -> ctypes.CDLL | None:
+    """What was compiled before; None if nothing was, or it is damaged."""
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError:
+        return None
+
+
+def _kept_or_compiled(compiler: list[str], library: Path) -> ctypes.CDLL:
+    """As the first of several processes compiles it, or has done so by the time that the others may."""
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with library.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            kernels = _kept(library)
+            if kernels is None:
+                _compile(compiler, library)
+                kernels = ctypes.CDLL(str(library))
+            return kernels
+    except OSError as error:
+        raise BadInputError(f"the kernels cannot be kept in {library.parent}: {error}") from error
 
 
 def _compiler() -> list[str]:
@@ -145,17 +165,13 @@ def _run(command: list[str]) -> "subprocess.CompletedProcess[str]":
 
 
 def _compile(compiler: list[str], library: Path) -> None:
-    try:
-        library.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            made = Path(folder) / library.name
-            for tuned in _TUNED:
-                done = _run([*compiler, *_FLAGS, *tuned, "-o", str(made), str(_SOURCE)])
-                if done.returncode == 0:
-                    made.replace(library)  # at once: another process may look for it
-                    return
-    except OSError as error:
-        raise BadInputError(f"the kernels cannot be kept in {library.parent}: {error}") from error
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        made = Path(folder) / library.name
+        for tuned in _TUNED:
+            done = _run([*compiler, *_FLAGS, *tuned, "-o", str(made), str(_SOURCE)])
+            if done.returncode == 0:
+                made.replace(library)  # whole or not at all, if this process is killed
+                return
     message = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip())
     raise BadInputError(f"{' '.join(compiler)} cannot compile {_SOURCE.name}: {message[:200]}")
 
