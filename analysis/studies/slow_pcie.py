@@ -95,15 +95,17 @@ def study(bench: Bench) -> Finding:
     return Finding(
         f"Both reported numbers come out within {100 * TOLERANCE:.0f} %: {between(reported.mean('plain'), 1)} tokens/s "
         f"plain (reported 61.2) and {between(reported.mean('two drafted tokens'), 1)} with two drafted tokens (43.7, "
-        "fitted). At these costs pipelining turns the loss into no gain: PipeInfer's drafts take longer than a "
-        f"traversal and are out of date when they come ({between(worst.ratio('pipelined', 'plain'))} times plain "
-        f"decoding), tokens that wait for their drafts reach {between(worst.ratio(waits, 'plain'))}, longer "
-        f"synchronous drafts {between(worst.ratio('synchronous', 'plain'))}. It does where drafting has no fixed cost: "
+        f"fitted). At these costs pipelining makes the loss {_verdict(worst.ratio('pipelined', 'plain'))}: "
+        f"{between(worst.ratio('pipelined', 'plain'))} times plain decoding; tokens that wait for their drafts reach "
+        f"{between(worst.ratio(waits, 'plain'))}, longer synchronous drafts "
+        f"{between(worst.ratio('synchronous', 'plain'))}. Where drafting has no fixed cost it is "
         f"{between(none.ratio('pipelined', 'plain'))} times plain decoding and "
-        f"{between(none.ratio('pipelined', 'synchronous'))} times tuned synchronous speculation, and pays below "
-        f"{_words(point('pipelined', drafters[0]))}. With {drafters[-1]:g} ms per drafted token even 25 ms are no loss "
-        f"({between(fast.ratio('synchronous', 'plain'))} synchronous, {between(fast.ratio(waits, 'plain'))} "
-        "pipelined).",
+        f"{between(none.ratio('pipelined', 'synchronous'))} times tuned synchronous speculation. "
+        f"{_pays(point('pipelined', drafters[0]), worst.ratio('pipelined', 'plain'))} "
+        f"With {drafters[-1]:g} ms per drafted token "
+        f"{fixed[-1]:g} ms are {_verdict(fast.ratio(waits, 'plain'))} "
+        f"({between(fast.ratio('synchronous', 'plain'))} synchronous, {between(fast.ratio('pipelined', 'plain'))} "
+        f"pipelined, {between(fast.ratio(waits, 'plain'))} where tokens wait).",
         [
             fill(
                 f"With one drafted token a round the simulation gives {between(reported.mean('one drafted token'), 1)} "
@@ -145,6 +147,20 @@ def _bars(axes: Any, reported: Any, tuned: Any) -> None:
     axes.set(ylabel="tokens per second", title="as reported", ylim=(0, 1.2 * REPORTED["plain"]))
     axes.grid(False, axis="x")
     axes.legend(loc="upper center")
+
+
+def _verdict(ratio: Interval) -> str:
+    """What so many times the speed of plain decoding is called."""
+    if ratio.low > 1:
+        return "a gain"
+    return "a loss" if ratio.high < 1 else "neither gain nor loss"
+
+
+def _pays(point: Interval, at_most: Interval) -> str:
+    """Up to which fixed cost it pays, ``at_most`` being its gain at the highest that was tried."""
+    if not np.isnan(point.estimate):
+        return f"It pays below {_words(point)}."
+    return "It pays at every fixed cost tried." if at_most.estimate >= WORTH else "It pays at no fixed cost tried."
 
 
 def _words(point: Interval) -> str:
