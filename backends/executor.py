@@ -154,6 +154,19 @@ class GrpcExecutor:
         """
         return asyncio.run(_measure(_prepare(scenario), repeats, rounds, logs, on_text))
 
+    def execute_all(
+        self, scenarios: Sequence[Scenario], logs: Path, on_result: Callable[[int, RealResult], None]
+    ) -> None:
+        """Generates for each scenario on one pipeline, one after the other, after a plain generation for warmth.
+
+        They have the model, cluster and workload in common. ``on_result`` hears of each by its index as soon as it is
+        done, and its event log is ``logs``/run-INDEX.jsonl.
+
+        Raises:
+            BadInputError, StageFailedError: as :meth:`execute`, or the scenarios have not so much in common.
+        """
+        asyncio.run(_execute_all([_prepare(scenario) for scenario in scenarios], logs, on_result))
+
     def serve_stage(self, listen: str, device: str) -> None:
         """Serves heads at ``host:port``, one after another, until interrupted; on ``device``, if they name no other.
 
@@ -278,6 +291,20 @@ async def _execute(job: _Job, events: TextIO | None, on_text: OnText | None) -> 
         text = Text(job.started.prompt, result.trace.tokens, job.sampling, planted)
         prober = Prober(pipeline, text, job.scenario.cluster.prefill_chunk)
         return dataclasses.replace(result, acceptance=await _record(job, prober, result.trace.tokens))
+
+
+async def _execute_all(jobs: Sequence[_Job], logs: Path, on_result: Callable[[int, RealResult], None]) -> None:
+    first = next((job for job in jobs if job.needs_drafter), jobs[0])
+    for job in jobs:
+        one, other = job.scenario, first.scenario
+        if (one.model, one.cluster, one.workload) != (other.model, other.cluster, other.workload):
+            raise BadInputError("model, cluster, workload: scenarios for one pipeline must have the same")
+    async with running_pipeline(first.cluster()) as pipeline:
+        tokens = (await _generate(first, pipeline, first.plain())).tokens
+        for number, job in enumerate(jobs):
+            with _log(logs, number) as events:
+                result = await _stream(job, pipeline, job.scenario.scheduler(), job.planted(tokens), events, None)
+            on_result(number, result)
 
 
 async def _stream(

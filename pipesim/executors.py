@@ -1,6 +1,6 @@
 """Real executors: found through the entry point ``pipesim.executors``, so that pipesim never imports them otherwise."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -89,6 +89,14 @@ class Executor(Protocol):
         """Measures costs in ``rounds``, spread between ``repeats`` runs of the scenario.
 
         Leaves one event log per run in ``logs``. ``on_text`` hears the first generation's text as it is committed.
+        """
+
+    def execute_all(
+        self, scenarios: Sequence[Scenario], logs: Path, on_result: Callable[[int, RealResult], None]
+    ) -> None:
+        """Runs scenarios that differ in policy, acceptance and seed alone on one pipeline, one after the other.
+
+        ``on_result`` hears of each by its index as soon as it is done; its event log is ``logs``/run-INDEX.jsonl.
         """
 
     def serve_stage(self, listen: str, device: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import gguf
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 FAMILY_CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -129,6 +130,15 @@ def save_tiny(folder: Path, shards: int = 1, seed: int = 0, sharpness: float = 1
         save_file(part, folder / file, metadata={"format": "pt"})
         index |= dict.fromkeys(part, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    return folder
+
+
+def save_talker(folder: Path, layers: int = 8, vocabulary: int = 160) -> Path:
+    """Writes a random model whose vocabulary are the words w0, w1, ..; no text of it ends by itself."""
+    folder = save_tiny(folder, num_hidden_layers=layers, vocab_size=vocabulary, eos_token_id=None)
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocabulary)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"))
     return folder
 
 
