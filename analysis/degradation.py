@@ -21,7 +21,7 @@ from typing import Any
 
 import matplotlib
 
-from analysis.degradation_page import ACCEPTANCES, BASE, POLICIES, Setting, figure, page
+from analysis.degradation_page import ACCEPTANCES, BASE, POLICIES, Setting, figure, page, setting_of
 from analysis.fidelity import scheduling_digest
 from analysis.laboratory import Laboratory, laboratory, with_settings
 from analysis.style import STYLE
@@ -122,15 +122,20 @@ def simulated(lab: Laboratory, settings: Settings) -> list[dict[str, Any]]:
 def missing(finished: Mapping[str, Mapping[str, Any]], settings: Settings, repeats: int) -> Iterator[Planned]:
     """Runs that were not made yet or did not keep their pace.
 
-    Those that were tried least come first, then in the order of :func:`coarse`, each setting once.
+    Settings without any result come first, then what was tried least, then the order of :func:`coarse`.
     """
+    known = {setting_of(row) for row in finished.values() if row["kept"]}
     runs = [
         Planned(setting, seed, scenario_of(setting, settings, seed), {})
         for seed in range(1, repeats + 1)
         for setting in coarse()
     ]
     open_ = [run for run in runs if not finished.get(run.name, {}).get("kept")]
-    for run in sorted(open_, key=lambda run: finished.get(run.name, {}).get("attempt", 0)):
+
+    def later(run: Planned) -> tuple[bool, int]:
+        return run.setting in known, finished.get(run.name, {}).get("attempt", 0)
+
+    for run in sorted(open_, key=later):
         yield replace(run, predicted=_wanted(simulate(run.scenario), "e2e_s"))
 
 

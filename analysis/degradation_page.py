@@ -27,6 +27,8 @@ _NAMES = {"tokens_per_second": "tokens/s", "ttft_s": "TTFT", "itl_s.p50": "ITL p
 _LOOKS = {"autoregressive": "plain", "speculative": "synchronous", "pipeinfer": "pipelined"}
 Row = Mapping[str, Any]
 """A measured run: a line of the journal."""
+Gains = list[tuple[float, dict[str, tuple[float | None, float | None]]]]
+"""Per acceptance and slower policy: measured, predicted; None where runs are missing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +69,11 @@ def error(rows: Sequence[Row], metric: str) -> float | None:
     return predicted / measured - 1
 
 
-def by_setting(rows: Sequence[Row]) -> dict[Setting, list[Row]]:
-    """Runs whose pace was kept."""
+def by_setting(rows: Sequence[Row], late: bool = False) -> dict[Setting, list[Row]]:
+    """Runs whose pace was kept; with ``late`` the others, too."""
     found: dict[Setting, list[Row]] = {}
     for row in rows:
-        if row["kept"]:
+        if row["kept"] or late:
             found.setdefault(setting_of(row), []).append(row)
     return found
 
@@ -146,7 +148,11 @@ def page(rows: Sequence[Row], wanted: Sequence[Setting], repeats: int, settings:
     )
     parts = ["# A network gets worse: predicted and measured", what, counts, f"![speed]({data}/speed.png)", _CAPTION]
     parts += ["## How far off predictions are", error_table(measured), fill(_ERRORS)] if measured else []
-    parts += ["## What speculation gains", _gains(measured), "Settings, " + _SETTINGS, _settings(settings)]
+    everything = by_setting(rows, late=True)
+    parts += [fill(_LATE), error_table(everything)] if missed else []
+    parts += ["## What speculation gains", _gains(measured)]
+    parts += ["The same of all runs, their pace kept or not:", _gain_table(gains(everything))] if missed else []
+    parts += [fill(_SETTINGS), _settings(settings)]
     parts += ["## All settings", _all(measured), _missed(missed)]
     parts.append(
         f"Made by `python -m analysis.degradation -o docs/degradation.md`; every run is in "
@@ -157,26 +163,25 @@ def page(rows: Sequence[Row], wanted: Sequence[Setting], repeats: int, settings:
 
 _CAPTION = fill(
     "Lines: mean of 8 simulated seeds; bands: from the lowest to the highest of them. Points: measured runs whose pace "
-    "was kept, mean and range; rings: what was predicted for the very seeds of these runs. Plain decoding does not "
-    "depend on acceptance, its runs are shown everywhere."
+    "was kept, mean and range; rings: what was predicted for the very seeds of these runs; crosses: runs whose pace "
+    "was not kept. Plain decoding does not depend on acceptance, its runs are shown everywhere."
 )
 _ERRORS = (
     "Absolute errors (predicted - measured) / measured of the means over a setting's runs, averaged over settings. ITL "
     "p50 is left out where most tokens come together with others, so that the median gap is 0."
 )
 _SETTINGS = (
-    "found for each acceptance by the same search in simulation on the base link, with other seeds, and kept on worse "
-    "ones;\nat acceptance 0, where the best is not to draft, those of 0.3:"
+    "Settings, found for each acceptance by the same search in simulation on the base link, with other seeds, and kept "
+    "on worse links; at acceptance 0, where the best is not to draft, those of 0.3:"
+)
+_LATE = (
+    "The same with the runs whose pace was not kept, which measure this machine's other work as well. They settle "
+    "nothing, and are shown so that nobody has to guess what leaving them out did:"
 )
 
 
 def _gains(measured: Mapping[Setting, Sequence[Row]]) -> str:
     found = gains(measured)
-    lines = [
-        (f"{rate:g}", *(_times(value) for name in ("speculative", "autoregressive") for value in told[name]))
-        for rate, told in found
-    ]
-    titles = ("acceptance", "over speculative", "predicted", "over plain decoding", "predicted")
     at_zero = found[0][1]["autoregressive"][0]
     best = max((told["speculative"][0] or 0.0, rate) for rate, told in found)
     said = [f"PipeInfer's best gain over tuned synchronous speculation is {best[0]:.2f} times, at {best[1]:g}."]
@@ -186,7 +191,16 @@ def _gains(measured: Mapping[Setting, Sequence[Row]]) -> str:
         verdict = "no slower than" if at_zero >= PLAIN_AT_LEAST else "**slower than**"
         said.append(f"At acceptance 0 it has {at_zero:.3f} of plain decoding's speed: {verdict} the {PLAIN_AT_LEAST}.")
     intro = "Tokens per second of PipeInfer, measured on the base link, as a multiple; seeds that both have:"
-    return "\n\n".join([intro, markdown_table(titles, lines), fill(" ".join(said if best[0] else said[1:]))])
+    return "\n\n".join([intro, _gain_table(found), fill(" ".join(said if best[0] else said[1:]))])
+
+
+def _gain_table(found: Gains) -> str:
+    lines = [
+        (f"{rate:g}", *(_times(value) for name in ("speculative", "autoregressive") for value in told[name]))
+        for rate, told in found
+    ]
+    titles = ("acceptance", "over speculative", "predicted", "over plain decoding", "predicted")
+    return markdown_table(titles, lines)
 
 
 def _settings(settings: Mapping[str, Any]) -> str:
@@ -227,7 +241,7 @@ def _missed(rows: Sequence[Row]) -> str:
 def figure(lines: Sequence[Mapping[str, Any]], rows: Sequence[Row]) -> Figure:
     """Speed against bandwidth above, against latency below, a column for each acceptance."""
     picture, axes = panels(len(ACCEPTANCES), 2, width=2.6, height=2.8)
-    kept = by_setting(rows)
+    kept, everything = by_setting(rows), by_setting(rows, late=True)
     for column, rate in enumerate(ACCEPTANCES):
         for place, varied, fixed in ((axes[0, column], "share", 1), (axes[1, column], "latency_ms", 0)):
             other = ("share", "latency_ms")[fixed]
@@ -245,10 +259,10 @@ def figure(lines: Sequence[Mapping[str, Any]], rows: Sequence[Row]) -> Figure:
                 place.fill_between(
                     x, [one["low"] for one in here], [one["high"] for one in here], color=colour, alpha=0.15, lw=0
                 )
-                for setting, runs in kept.items():
+                for setting, runs in everything.items():
                     on_line = (setting.share, setting.latency_ms)[fixed] == BASE[fixed]
                     if setting.policy == policy and on_line and (policy == POLICIES[0] or setting.acceptance == rate):
-                        _point(place, scale * getattr(setting, varied), runs, colour)
+                        _point(place, scale * getattr(setting, varied), kept.get(setting, []), runs, colour)
             place.set_xscale("log")
             place.set(ylim=(0, None), xlabel="bandwidth, % of 1 Gbit/s" if varied == "share" else "link latency, ms")
             ticks = (1, 10, 100) if varied == "share" else (0.1, 1, 10, 100)
@@ -260,7 +274,11 @@ def figure(lines: Sequence[Mapping[str, Any]], rows: Sequence[Row]) -> Figure:
     return picture
 
 
-def _point(axes: Any, x: float, runs: Sequence[Row], colour: str) -> None:
+def _point(axes: Any, x: float, runs: Sequence[Row], with_late: Sequence[Row], colour: str) -> None:
+    late = [row["measured"]["tokens_per_second"] for row in with_late if not row["kept"]]
+    axes.plot([x] * len(late), late, "x", color=colour, markersize=4, markeredgewidth=0.8)
+    if not runs:
+        return
     speeds = [row["measured"]["tokens_per_second"] for row in runs]
     middle = statistics.mean(speeds)
     reach = [[middle - min(speeds)], [max(speeds) - middle]]
