@@ -142,8 +142,8 @@ def page(rows: Sequence[Row], wanted: Sequence[Setting], repeats: int, settings:
     counts = fill(
         f"**Measured: {len(measured)} of {len(wanted)} settings, {kept} of {len(wanted) * repeats} runs.** "
         f"{again} of {len(rows)} event logs replayed with identical decisions (I9). {len(missed)} more runs did not "
-        "keep the emulated cluster's pace in their last attempt: a process was late because the machine had something "
-        "else to do. They are listed below and are in no mean. "
+        "keep the emulated cluster's pace in their last attempt: a process was late, or computed too long, on a "
+        "machine that others use, too. They are listed below and are in no mean. "
         + (f"{lacking} settings are still missing; the same command goes on with them." if lacking else "")
     )
     parts = ["# A network gets worse: predicted and measured", what, counts, f"![speed]({data}/speed.png)", _CAPTION]
@@ -168,7 +168,8 @@ _CAPTION = fill(
 )
 _ERRORS = (
     "Absolute errors (predicted - measured) / measured of the means over a setting's runs, averaged over settings. ITL "
-    "p50 is left out where most tokens come together with others, so that the median gap is 0."
+    "p50 is left out where most tokens come together with others, so that the median gap is 0. The aims are "
+    "for at least 24 settings."
 )
 _SETTINGS = (
     "Settings, found for each acceptance by the same search in simulation on the base link, with other seeds, and kept "
