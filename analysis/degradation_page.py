@@ -143,7 +143,8 @@ def page(rows: Sequence[Row], wanted: Sequence[Setting], repeats: int, settings:
         f"**Measured: {len(measured)} of {len(wanted)} settings, {kept} of {len(wanted) * repeats} runs.** "
         f"{again} of {len(rows)} event logs replayed with identical decisions (I9). {len(missed)} more runs did not "
         "keep the emulated cluster's pace in their last attempt: a process was late, or computed too long, on a "
-        "machine that others use, too. They are listed below and are in no mean. "
+        "machine that others use, too. They are listed below and are in no mean. A run is tried again until its pace "
+        "is kept, and never after that. "
         + (f"{lacking} settings are still missing; the same command goes on with them." if lacking else "")
     )
     parts = ["# A network gets worse: predicted and measured", what, counts, f"![speed]({data}/speed.png)", _CAPTION]
