@@ -82,7 +82,7 @@ class FakePipeline(Pipeline):
             self.flying.append(frame)
         return 1
 
-    def cancel(self, session: Session, run_ids: Sequence[int]) -> int:
+    def cancel(self, session: Session, run_ids: Sequence[int], hops: Sequence[Any] = ()) -> int:
         self.cancelled |= {(session.number, run_id) for run_id in run_ids}
         return 1
 

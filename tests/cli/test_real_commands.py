@@ -336,7 +336,7 @@ def test_a_crash_fault_is_carried_out_and_everything_is_in_the_log(scenario: Pat
     assert "run computed" not in done.stderr, "what goes to the file does not litter the screen"
     assert pipesim("replay", events).returncode == 0
     lines = [json.loads(line) for line in log.read_text().splitlines()]
-    assert not any("cygrpc" in line["event"] for line in lines), "debug is our news, not that of libraries"
+    assert not any("Loaded running loop" in line["event"] for line in lines), "debug is our news, not that of libraries"
     assert {line["node"] for line in lines} >= {"head", "stage 0", "stage 1", "drafter"}
     restored = next(line for line in lines if line["event"] == "pipeline restored")
     session = max(line["session"] for line in lines if "session" in line)
