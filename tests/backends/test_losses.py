@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from world import POISON, VOCABULARY, language_model, plain_text
 
@@ -206,6 +206,7 @@ def generate(pipeline: FakePipeline, policy: str, new_tokens: int = 20) -> list[
 
 
 @settings(max_examples=150, deadline=None)
+@example(policy="pipeinfer", fate=[0, 0, 0, 0, 5])  # cancels runs, which few others do
 @given(policy=st.sampled_from(list(POLICIES)), fate=st.lists(st.integers(0, 35), max_size=150))
 def test_whatever_is_lost_whenever_the_text_stays(policy: str, fate: list[int]) -> None:
     pipeline = FakePipeline(fate, attempts=1000)
