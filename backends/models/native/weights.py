@@ -33,15 +33,20 @@ class Arena:
         values = np.asarray(values)
         size = -(-values.nbytes // 64) * 64
         if size > len(self._piece):
-            memory = mmap.mmap(-1, max(_PIECE, size))
-            if hasattr(mmap, "MADV_HUGEPAGE"):
-                memory.madvise(mmap.MADV_HUGEPAGE)
-            self._piece = np.frombuffer(memory, np.uint8)
+            self._piece = np.frombuffer(_piece(max(_PIECE, size)), np.uint8)
         kept, self._piece = self._piece[: values.nbytes].view(values.dtype), self._piece[size:]
         kept = kept.reshape(values.shape)
         np.copyto(kept, values)
         self.used += size
         return kept
+
+
+def _piece(size: int) -> mmap.mmap:
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return mmap.mmap(-1, size)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory gets no huge pages
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
 
 
 class PackedMatrix:
