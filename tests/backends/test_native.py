@@ -257,7 +257,8 @@ def test_the_setting_decides(tiny: ModelSource) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_weights_lie_in_private_memory_which_alone_gets_huge_pages() -> None:
-    address = Arena().keep(np.ones(5, np.float32)).ctypes.data
+    kept = Arena().keep(np.ones(5, np.float32))
+    address = kept.ctypes.data
     for line in Path("/proc/self/maps").read_text().splitlines():
         span, access = line.split()[:2]
         first, end = (int(bound, 16) for bound in span.split("-"))
