@@ -29,7 +29,7 @@ from pipesim.cli.common import (
     warn_of_pace,
     writing,
 )
-from pipesim.cli.real import LOOK_UP_SETTINGS, executor_with_logs, interruptible, read_hosts
+from pipesim.cli.real import describe_run, executor_with_logs, interruptible
 from pipesim.cli.streaming import TextScreen
 from pipesim.errors import BadInputError, InvariantError
 from pipesim.event_log import replay
@@ -113,23 +113,8 @@ def _describe(
     overrides: list[str] | None,
 ) -> Scenario:
     """A scenario from the options, without costs. Raises BadInputError."""
-    hosts = None if cluster is None else read_hosts(cluster)
-    if hosts is not None and stages not in (None, len(hosts)):
-        raise BadInputError(f"--stages {stages}: {cluster} lists {len(hosts)} stages, leave --stages out")
-    described, layers = executor.describe(model, len(hosts) if hosts else 2 if stages is None else stages)
-    raw: dict[str, Any] = {
-        "model": described.model_dump(exclude_unset=True),
-        "cluster": {
-            "stages": [{"layers": count, "cost": {"kind": "linear", "constant_ms": 1}} for count in layers],
-            "drafter": {"level_ms": 0},
-        },
-        "workload": workload,
-        "policy": {"name": "pipeinfer"},
-        "policies": LOOK_UP_SETTINGS if drafter == "ngram" else {},
-        "execution": {"drafter": drafter, "hosts": hosts},
-    }
-    if drafter == "planted":
-        raw["acceptance"] = {"kind": "iid", "rate": 0.8}
+    raw = describe_run(executor, model, stages, cluster, drafter)
+    raw |= {"workload": workload, "policy": {"name": "pipeinfer"}}
     apply_overrides(raw, overrides or ())
     return build_scenario(raw, "calibrate")
 

@@ -121,35 +121,21 @@ def generate_command(
     """
     executor = executor_with_logs(log_level, log_file)
     check_outputs(trace, events, record_acceptance)
-    hosts = None if cluster is None else read_hosts(cluster)
-    if hosts is not None and stages not in (None, len(hosts)):
-        raise BadInputError(f"--stages {stages}: {cluster} lists {len(hosts)} stages, leave --stages out")
-    described, layers = executor.describe(model, len(hosts) if hosts else 2 if stages is None else stages)
-    description: dict[str, Any] = {
-        "model": described.model_dump(exclude_unset=True),
-        # costs are for simulation: nobody reads them here
-        "cluster": {
-            "stages": [{"layers": count, "cost": {"kind": "linear", "constant_ms": 1}} for count in layers],
-            "drafter": {"level_ms": 0},
-        },
-        "workload": {
-            "prompt": prompt,
-            "max_new_tokens": max_new_tokens,
-            "chat": not raw,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "min_p": min_p,
-            "repetition_penalty": repetition_penalty,
-            "stop": stop or [],
-        },
-        "policy": {"name": policy},
-        "policies": LOOK_UP_SETTINGS if drafter == "ngram" else {},
-        "execution": {"drafter": drafter, "dtype": dtype, "hosts": hosts, "device": _devices(device)},
-        "seed": seed,
+    description = describe_run(executor, model, stages, cluster, drafter)
+    description["workload"] = {
+        "prompt": prompt,
+        "max_new_tokens": max_new_tokens,
+        "chat": not raw,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "stop": stop or [],
     }
-    if drafter == "planted":
-        description["acceptance"] = {"kind": "iid", "rate": 0.8}
+    description["policy"] = {"name": policy}
+    description["execution"] |= {"dtype": dtype, "device": _devices(device)}
+    description["seed"] = seed
     apply_overrides(description, overrides or ())
     scenario = build_scenario(description, "generate")
     outcome = _execute(executor, scenario, events, as_json, record_acceptance)
@@ -173,6 +159,29 @@ def _execute(
         if lossy := scenario.execution.lossy:
             diagnostic(f"lossy: {lossy}")
         return outcome
+
+
+def describe_run(
+    executor: Executor, model: str, stages: int | None, cluster: Path | None, drafter: str
+) -> dict[str, Any]:
+    """The sections of a scenario that follow from where to run; two stages unless told. Raises BadInputError."""
+    hosts = None if cluster is None else read_hosts(cluster)
+    if hosts is not None and stages not in (None, len(hosts)):
+        raise BadInputError(f"--stages {stages}: {cluster} lists {len(hosts)} stages, leave --stages out")
+    described, layers = executor.describe(model, len(hosts) if hosts else 2 if stages is None else stages)
+    description: dict[str, Any] = {
+        "model": described.model_dump(exclude_unset=True),
+        # costs are for simulation: nobody reads them here
+        "cluster": {
+            "stages": [{"layers": count, "cost": {"kind": "linear", "constant_ms": 1}} for count in layers],
+            "drafter": {"level_ms": 0},
+        },
+        "policies": LOOK_UP_SETTINGS if drafter == "ngram" else {},
+        "execution": {"drafter": drafter, "hosts": hosts},
+    }
+    if drafter == "planted":
+        description["acceptance"] = {"kind": "iid", "rate": 0.8}
+    return description
 
 
 def read_hosts(path: Path) -> list[str]:
