@@ -3,6 +3,8 @@
 import asyncio
 import logging
 import time
+from array import array
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from backends.compute import ComputeLoop
@@ -46,7 +48,7 @@ class DrafterLease(Lease):
         self._replies: asyncio.Queue[FromDrafter | None] = asyncio.Queue()
         self._received = 0
         self._latest: dict[int, int] = {}  # session -> its newest message that makes the orders before it pointless
-        self._heard: dict[int, list[int]] = {}  # session -> its text, ahead of the drafter's while that is at work
+        self._heard: dict[int, array[int]] = {}  # session -> its text, ahead of the drafter's while that is at work
         self._order = order
         self._loaded: Drafter | None = None
         self._texts: dict[int, Drafter] = {}
@@ -67,12 +69,12 @@ class DrafterLease(Lease):
         message = unpack(TO_DRAFTER, data)
         self._received += 1
         if isinstance(message, ExtendText):
-            self._heard.setdefault(message.session, []).extend(message.tokens)
+            self._heard.setdefault(message.session, array("i")).extend(message.tokens)
         else:
             self._latest[message.session] = self._received
         number = self._received
         if isinstance(message, StartText):
-            self._heard[message.session] = list(message.prompt)
+            self._heard[message.session] = array("i", message.prompt)
             self._new_pace(message)
         pace = self._paces.get(message.session)
         if isinstance(message, DraftOrder) and message.hop and pace:
@@ -156,8 +158,8 @@ class DrafterLease(Lease):
         def abandoned() -> bool:
             return self._abandoned(session, number)
 
-        def news() -> list[int]:
-            return self._heard.get(session, [])[request.frontier :]
+        def news() -> Sequence[int]:
+            return self._heard.get(session, array("i"))[request.frontier :]
 
         start = time.monotonic()
         tree = None if abandoned() else self._text(session).draft(request, abandoned, news)

@@ -2,8 +2,9 @@
 
 import copy
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Callable, Sequence
-from typing import Self
+from typing import Self, overload
 
 from backends.sampling import Sampling
 from pipesim.errors import InvariantError
@@ -33,11 +34,41 @@ def contradicts(path: Sequence[int], news: Sequence[int]) -> bool:
     return any(drafted != token for drafted, token in zip(path, news, strict=False))
 
 
+class Context(Sequence[int]):
+    """``text[:frontier]``, then ``path``. A view, for texts are long and requests many; its slices are arrays."""
+
+    __slots__ = ("_frontier", "_path", "_text")
+
+    def __init__(self, text: "array[int]", frontier: int, path: Sequence[int] = ()) -> None:
+        self._text, self._frontier, self._path = text, frontier, path
+
+    def __len__(self) -> int:
+        return self._frontier + len(self._path)
+
+    @overload
+    def __getitem__(self, at: int) -> int: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> "array[int]": ...
+
+    def __getitem__(self, at: "int | slice") -> "int | array[int]":
+        if isinstance(at, slice):
+            start, stop, step = at.indices(len(self))
+            after = slice(max(0, start - self._frontier), max(0, stop - self._frontier))
+            return (self._text[start : min(stop, self._frontier)] + array("i", self._path[after]))[::step]
+        at = range(len(self))[at]
+        return self._text[at] if at < self._frontier else self._path[at - self._frontier]
+
+    def then(self, path: Sequence[int]) -> "Context":
+        """This context, and ``path`` after it."""
+        return Context(self._text, self._frontier, (*self._path, *path))
+
+
 class Drafter(ABC):
     """Proposes how a text goes on. One generation at a time: ``start``, then ``draft`` and ``extend`` in turns."""
 
     def __init__(self) -> None:
-        self.text: list[int] = []
+        self.text = array("i")
         self.sampling = Sampling()
         self.levels = 0  # of the newest draft
 
@@ -50,16 +81,16 @@ class Drafter(ABC):
 
     def end(self) -> None:
         """The text is over: frees its caches."""
-        self.text = []
+        self.text = array("i")
 
     def start(self, prompt: Sequence[int], sampling: Sampling) -> None:
         """A new generation begins; ``sampling`` is the target's, since drafters share its noise."""
-        self.text, self.sampling = [], sampling
+        self.text, self.sampling = array("i"), sampling
         self.extend(prompt)
 
     def extend(self, tokens: Sequence[int]) -> None:
         """``tokens`` were committed."""
-        self.text += tokens
+        self.text.extend(tokens)
 
     def draft(
         self, request: RequestDraft, abandoned: Callable[[], bool], news: Callable[[], Sequence[int]] = no_news
@@ -74,7 +105,7 @@ class Drafter(ABC):
                 f"draft request {request.request_id} continues position {request.frontier}, "
                 f"but only {len(self.text)} tokens are committed here"
             )
-        context = [*self.text[: request.frontier], *request.path]
+        context = Context(self.text, request.frontier, request.path)
 
         def stale() -> bool:
             return abandoned() or contradicts(request.path, news())
@@ -94,12 +125,12 @@ class Drafter(ABC):
             return None
         return tree
 
-    def prepare(self, context: Sequence[int], request: RequestDraft, abandoned: Callable[[], bool]) -> None:
+    def prepare(self, context: Context, request: RequestDraft, abandoned: Callable[[], bool]) -> None:
         """Gets ready to answer ``request``; :meth:`candidates_after` calls follow, level by level."""
         del context, request, abandoned
 
     @abstractmethod
-    def candidates_after(self, context: Sequence[int], path: tuple[int, ...]) -> Sequence[Candidate]:
+    def candidates_after(self, context: Context, path: tuple[int, ...]) -> Sequence[Candidate]:
         """At most ``WIDTH`` candidates for the token after ``context + path``, best first."""
 
     def trace(
@@ -116,7 +147,7 @@ class Drafter(ABC):
         for token in tokens[1:]:
             if abandoned():
                 return None
-            found.append(tuple(self.candidates_after(self.text, ())))
+            found.append(tuple(self.candidates_after(Context(self.text, len(self.text)), ())))
             self.extend([token])
         return found
 

@@ -1,13 +1,14 @@
 """Drafting with a model: a smaller one of the same vocabulary, or any other that runs in this process."""
 
 import itertools
+from array import array
 from collections.abc import Callable, Sequence
 from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
-from backends.drafting.base import WIDTH, Abandoned, Drafter, never
+from backends.drafting.base import WIDTH, Abandoned, Context, Drafter, never
 from backends.models.exact import LARGEST_TILE
 from backends.models.stage_model import StageModel
 from backends.reference import PREFILL_CHUNK
@@ -50,7 +51,8 @@ class ModelDrafter(Drafter):
         self._forget()
 
     def _forget(self) -> None:
-        self._cached: list[int] = []  # tokens whose cells every sequence holds
+        self._cached = array("i")  # tokens whose cells every sequence holds
+        self._agreed = 0  # so many of them are known to be the text's
         self._nodes: dict[Path, int] = {}  # computed tree nodes below them -> their sequence
         self._ranked: dict[Path, list[Candidate]] = {}  # () stands for the end of the context
         self._operations: list[KvOperation] = []  # to be carried out before the next run
@@ -76,10 +78,11 @@ class ModelDrafter(Drafter):
             self._model.close_session(self._session)
             self._session = None
 
-    def prepare(self, context: Sequence[int], request: RequestDraft, abandoned: Callable[[], bool]) -> None:
+    def prepare(self, context: Context, request: RequestDraft, abandoned: Callable[[], bool]) -> None:
         """Brings the KV cells to ``context`` and computes the candidates that follow it."""
         self._request, self._abandoned = request, abandoned
-        if len(context) > self._max_context or max(context) >= self._model.config.vocabulary:
+        new = context[min(self._agreed, request.frontier) :]
+        if len(context) > self._max_context or max(new, default=0) >= self._model.config.vocabulary:
             self._ranked = {(): []}  # beyond its reach it proposes nothing
             return
         self._settle(context)
@@ -89,11 +92,11 @@ class ModelDrafter(Drafter):
             positions = tuple(range(start, start + len(tokens)))
             unread = len(tokens) - (start + len(tokens) == len(context))
             rows = self._compute(kind, tokens, positions, (_EVERYONE,) * len(tokens), unread)
-            self._cached += tokens
+            self._cached.extend(tokens)
             for logits in rows:
                 self._ranked[()] = self._rank(logits, context)
 
-    def candidates_after(self, context: Sequence[int], path: Path) -> Sequence[Candidate]:
+    def candidates_after(self, context: Context, path: Path) -> Sequence[Candidate]:
         """The model's candidates after ``context + path``; the first call of a level computes the whole level."""
         if path not in self._ranked:
             self._compute_level(self._level(path), context)
@@ -115,15 +118,16 @@ class ModelDrafter(Drafter):
                 rows = self._compute(RunKind.PREFILL, chunk, positions, (_EVERYONE,) * len(chunk), 0)
             except Abandoned:
                 return None
-            self._cached += chunk
-            found += [tuple(self._rank(row, tokens[: at + 1])) for row, at in zip(rows, positions, strict=True)]
+            self._cached.extend(chunk)
+            ranked = (self._rank(row, Context(self.text, at + 1)) for row, at in zip(rows, positions, strict=True))
+            found += map(tuple, ranked)
         return found
 
-    def _settle(self, context: Sequence[int]) -> None:
+    def _settle(self, context: Context) -> None:
         """Keeps the cells that ``context`` shares with what is computed; frees the others."""
-        base = next((i for i, pair in enumerate(zip(self._cached, context, strict=False)) if pair[0] != pair[1]), None)
-        if base is None:
-            base = min(len(self._cached), len(context))
+        known = min(self._agreed, self._request.frontier, len(self._cached))
+        pairs = enumerate(zip(self._cached[known:], context[known:], strict=False), known)
+        base = next((at for at, (kept, token) in pairs if kept != token), min(len(self._cached), len(context)))
         path: Path = ()
         if base == len(self._cached):
             while base + len(path) < len(context) and (*path, context[base + len(path)]) in self._nodes:
@@ -136,7 +140,9 @@ class ModelDrafter(Drafter):
             self._operations.append(SequenceRemove(_EVERYONE, base + len(path), END))
         else:
             self._operations.append(SequenceRemove(_EVERYONE, base, END))
-        self._cached = [*self._cached[:base], *path]
+        del self._cached[base:]
+        self._cached.extend(path)
+        self._agreed = min(len(self._cached), self._request.frontier)
         self._nodes, self._ranked = {}, {}
         if len(self._cached) == len(context):
             if not ranked:  # its last row must be computed again, to know what follows it
@@ -158,7 +164,7 @@ class ModelDrafter(Drafter):
         unknown = [tip for tip in dict.fromkeys(tips) if tip not in self._ranked]
         return unknown[: min(max(1, self._request.branches), _NODES - len(self._nodes))]
 
-    def _compute_level(self, paths: list[Path], context: Sequence[int]) -> None:
+    def _compute_level(self, paths: list[Path], context: Context) -> None:
         base = len(context)
         if not paths or base + len(paths[0]) > self._max_context:
             return
@@ -175,7 +181,7 @@ class ModelDrafter(Drafter):
             0,
         )
         for path, logits in zip(paths, rows, strict=True):
-            self._ranked[path] = self._rank(logits, [*context, *path])
+            self._ranked[path] = self._rank(logits, context.then(path))
 
     def _compute(
         self, kind: RunKind, tokens: Path, positions: Path, sequences: Path, first_output_row: int
@@ -192,9 +198,10 @@ class ModelDrafter(Drafter):
             raise Abandoned
         return logits[:, : self._vocabulary].numpy()
 
-    def _rank(self, logits: npt.NDArray[np.float32], text: Sequence[int]) -> list[Candidate]:
+    def _rank(self, logits: npt.NDArray[np.float32], text: Context) -> list[Candidate]:
         """The ``WIDTH`` best candidates for what follows ``text``; equals rank by token id."""
-        scores = self.sampling.scores(logits, len(text), text)
+        history = np.array(text[:]) if self.sampling.needs_history else ()
+        scores = self.sampling.scores(logits, len(text), history)
         width = min(WIDTH, len(scores))
         best = np.sort(np.argpartition(-scores, width - 1)[:width])
         best = best[np.argsort(-scores[best], kind="stable")]

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from backends.drafting.base import Drafter
+from backends.drafting.base import Context, Drafter
 from pipesim.scheduling.tree import Candidate
 
 Draw = Callable[[int], Sequence[tuple[bool, float]]]
@@ -20,7 +20,7 @@ class PlantedDrafter(Drafter):
         super().__init__()
         self._known, self._vocabulary, self._draw = tuple(known), vocabulary, draw
 
-    def candidates_after(self, context: Sequence[int], path: tuple[int, ...]) -> list[Candidate]:
+    def candidates_after(self, context: Context, path: tuple[int, ...]) -> list[Candidate]:
         """The planted candidates at position ``len(context) + len(path)``."""
         position = len(context) + len(path)
         if position >= len(self._known):

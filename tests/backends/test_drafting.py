@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from backends.control import Planted
 from backends.drafter_server import plant
-from backends.drafting.base import WIDTH, Drafter, never
+from backends.drafting.base import WIDTH, Context, Drafter, never
 from backends.drafting.layer_skip import LayerSkipDrafter, default_skipped
 from backends.drafting.model import ModelDrafter
 from backends.drafting.ngram import NgramDrafter
@@ -203,7 +203,7 @@ def test_kept_kv_cells_never_change_a_draft(tiny: ModelSource, seed: int, branch
 def plain_candidates(drafter: ModelDrafter, path: Sequence[int], below: tuple[int, ...]) -> Sequence[Candidate]:
     """Candidates from a single draft of one token right after ``path + below``: no tree, no batch."""
     drafter.start(drafter.text, Sampling())
-    context = [*drafter.text, *path, *below]
+    context = Context(drafter.text, len(drafter.text), (*path, *below))
     drafter.prepare(context, request(len(drafter.text)), lambda: False)
     return drafter.candidates_after(context, ())
 
