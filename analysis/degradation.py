@@ -26,14 +26,14 @@ from analysis.fidelity import scheduling_digest
 from analysis.laboratory import Laboratory, laboratory, with_settings
 from analysis.style import STYLE
 from analysis.tuning import tune
-from pipesim.comparison import flat_metrics
 from pipesim.errors import InvariantError
 from pipesim.event_log import replay_log
 from pipesim.executors import RealResult, find_executor
-from pipesim.pace import judge
+from pipesim.metrics import Metrics
 from pipesim.scenario import Scenario
 from pipesim.scenario_file import load_scenario
-from pipesim.simulation.pipeline import simulate
+from pipesim.simulation.pipeline import evaluate
+from pipesim.sweep import flatten
 from pipesim.sweep.journal import Journal
 
 SCENARIO = Path("scenarios/emulated-network.yaml")
@@ -136,7 +136,7 @@ def missing(finished: Mapping[str, Mapping[str, Any]], settings: Settings, repea
         return run.setting in known, finished.get(run.name, {}).get("attempt", 0)
 
     for run in sorted(open_, key=later):
-        yield replace(run, predicted=_wanted(simulate(run.scenario), "e2e_s"))
+        yield replace(run, predicted=_wanted(evaluate(run.scenario), "e2e_s"))
 
 
 def measure(
@@ -163,7 +163,7 @@ def _make(
     texts: set[tuple[int, ...]] = set()
 
     def note(number: int, result: RealResult) -> None:
-        texts.add(result.trace.tokens)
+        texts.add(result.summary.tokens)
         if len(texts) > 1:
             raise InvariantError(f"{batch[number].name}: another text than the run before (I3)")
         row = _row(batch[number], result, logs / f"run-{number}.jsonl")
@@ -183,16 +183,16 @@ def _make(
 
 
 def _row(run: Planned, result: RealResult, log: Path) -> dict[str, Any]:
-    pace, replayed = judge(result.trace.pace), replay_log(log)
+    pace, replayed = result.summary.pace, replay_log(log)
     assert pace is not None
     late = max(pace.parts, key=lambda part: part.late_ms[1] if " to " not in part.part else 0.0)
     return {
         **asdict(run.setting),
         "seed": run.seed,
         "settings": run.scenario.policy.model_dump(),
-        "tokens": len(result.trace.tokens),
-        "measured": _wanted(result.trace, *METRICS),
-        "predicted": _wanted(simulate(run.scenario), *METRICS),
+        "tokens": len(result.summary.tokens),
+        "measured": _wanted(result.summary.metrics, *METRICS),
+        "predicted": _wanted(evaluate(run.scenario), *METRICS),
         "kept": pace.kept,
         "problems": list(pace.problems),
         "late_p95_ms": round(late.late_ms[1], 3),
@@ -202,8 +202,8 @@ def _row(run: Planned, result: RealResult, log: Path) -> dict[str, Any]:
     }
 
 
-def _wanted(trace: Any, *names: str) -> dict[str, float | None]:
-    found = flat_metrics(trace)
+def _wanted(metrics: Metrics, *names: str) -> dict[str, float | None]:
+    found = flatten(metrics.as_dict())
     return {name: found[name] for name in names}
 
 

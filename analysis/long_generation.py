@@ -11,6 +11,7 @@ import platform
 import statistics
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -32,17 +33,20 @@ from backends.placement import split_layers
 from backends.sampling import Sampling
 from backends.tokenizer import open_tokenizer
 from pipesim.cli.common import check_outputs, diagnostic
-from pipesim.recorder import Recorder
+from pipesim.recorder import TextMeter
+from pipesim.scheduling.commands import EndRun
 from pipesim.scheduling.events import GenerationStarted
 from pipesim.scheduling.policy import make_policy
 from pipesim.scheduling.runs import END, Run, RunKind, SequenceRemove
 from pipesim.scheduling.scheduler import Scheduler
-from pipesim.trace import Trace
+from pipesim.summary import Summary
 
-SAMPLED_EVERY_S = 1.0
+SAMPLED_EVERY_S = 2.0
 WARM_UP = 1000
 """Tokens after which memory should be flat."""
 _STAGES = 2
+_STRETCHES, _RUNS_EACH = 64, 32
+"""Of so many stretches of the text, the stage time of so many one-row runs is kept."""
 _PROMPT = "The history of the lighthouse, told from its beginning to the present day.\n\n"
 _POLICY = {"micro_batch": 4, "partitions": 4}
 
@@ -64,8 +68,7 @@ class Measured:
 
     model: str
     dtype: str
-    prompt: int
-    trace: Trace
+    summary: Summary
     samples: tuple[Sample, ...]
     stage_ms: tuple[tuple[int, float], ...]
     bare_ms: tuple[tuple[int, float], ...]
@@ -80,12 +83,46 @@ def memory_mib(pid: int) -> float:
     raise ValueError(f"process {pid} has no Pss")
 
 
+class Witness(TextMeter):
+    """Takes the stages' times of some one-row runs along the way, for a text of up to ``longest`` tokens.
+
+    ``stage_ms``: KV length, and what all stages together took, in ms.
+    """
+
+    def __init__(self, scheduler: Scheduler, seed: int, stages: int, longest: int) -> None:
+        super().__init__(scheduler, seed, stages)
+        self.stage_ms: list[tuple[int, float]] = []
+        self._stretch = -(-longest // _STRETCHES)
+        self._taken: Counter[int] = Counter()
+        self._spent: dict[int, tuple[int, list[float]]] = {}  # run in flight -> KV length, seconds on each stage
+
+    def _submitted(self, run: Run, now: float) -> None:
+        super()._submitted(run, now)
+        if run.rows == 1 and run.kind is not RunKind.PREFILL:
+            self._spent[run.run_id] = run.positions[0], []
+
+    def stage_span(self, stage: int, run_id: int, start: float, end: float, void: bool) -> None:
+        """As the base's."""
+        super().stage_span(stage, run_id, start, end, void)
+        if run_id in self._spent and not void:
+            self._spent[run_id][1].append(end - start)
+
+    def _ended(self, end: EndRun, now: float) -> None:
+        super()._ended(end, now)
+        length, spent = self._spent.pop(end.run_id, (0, []))
+        stretch = length // self._stretch
+        if len(spent) == _STAGES and self._taken[stretch] < _RUNS_EACH:
+            self._taken[stretch] += 1
+            self.stage_ms.append((length, 1e3 * sum(spent)))
+
+
 async def generate(
     pipeline: Pipeline, started: GenerationStarted, sampling: Sampling, say: str
-) -> tuple[Trace, list[Sample]]:
-    """One generation, sampled every second by a thread of its own."""
+) -> tuple[Witness, list[Sample]]:
+    """One generation, sampled every other second by a thread of its own."""
     scheduler = Scheduler(make_policy("pipeinfer", _POLICY))
-    recorder = Recorder(scheduler, sampling.seed, [node.name for node in pipeline.stages])
+    longest = len(started.prompt) + started.max_new_tokens
+    witness = Witness(scheduler, sampling.seed, len(pipeline.stages), longest)
     names = {"head": os.getpid()}
     names |= {f"stage {i}": node.process.pid for i, node in enumerate(pipeline.stages) if node.process}
     if pipeline.drafter and pipeline.drafter.process:
@@ -109,11 +146,11 @@ async def generate(
     thread = threading.Thread(target=watch)
     thread.start()
     try:
-        await Head(pipeline, recorder, count).generate(started, sampling)
+        await Head(pipeline, witness, count).generate(started, sampling)
     finally:
         done.set()
         thread.join()
-    return recorder.trace(), samples
+    return witness, samples
 
 
 async def measure(model: str, dtype: str, new_tokens: int | None, temperature: float) -> Measured:
@@ -130,28 +167,12 @@ async def measure(model: str, dtype: str, new_tokens: int | None, temperature: f
     )
     async with running_pipeline(plan) as pipeline:
         sampling = Sampling(temperature=temperature, seed=1)
-        trace, samples = await generate(pipeline, GenerationStarted(prompt, new_tokens), sampling, model)
+        witness, samples = await generate(pipeline, GenerationStarted(prompt, new_tokens), sampling, model)
     total = len(prompt) + new_tokens
     lengths = sorted({*range(0, total, max(1, total // 8)), total - 1} - {0})
     whole = StageModel(source, 0, source.config.layers, getattr(torch, dtype))
     bare = tuple((length, bare_forward_ms(whole, length, total + 1)) for length in lengths)
-    times = stage_times(trace, len(prompt))
-    return Measured(model, dtype, len(prompt), trace, tuple(samples), times, bare, temperature)
-
-
-def stage_times(trace: Trace, prompt: int) -> tuple[tuple[int, float], ...]:
-    """KV length and the stages' time, together, of each run of one row that all of them computed; in ms."""
-    spent: dict[int, float] = {}
-    for span in trace.spans:
-        spent[span.run_id] = spent.get(span.run_id, 0.0) + (float("inf") if span.void else span.end_s - span.start_s)
-    one_row = sorted((run.submitted_s, run.run_id) for run in trace.runs if run.rows == 1 and run.run_id in spent)
-    emitted = np.array([(one.time_s, one.position) for one in trace.emissions])
-    found = []
-    for submitted, run_id in one_row:
-        at = max(0, int(np.searchsorted(emitted[:, 0], submitted)) - 1)
-        if np.isfinite(spent[run_id]):
-            found.append((int(emitted[at, 1]) if len(emitted) else prompt, 1e3 * spent[run_id]))
-    return tuple(found)
+    return Measured(model, dtype, witness.summary(), tuple(samples), tuple(witness.stage_ms), bare, temperature)
 
 
 def bare_forward_ms(whole: StageModel, length: int, cells: int) -> float:
@@ -228,16 +249,15 @@ def page(all_measured: Sequence[Measured], figure: str) -> str:
     """The page as Markdown."""
     speeds, memories = [], []
     for one in all_measured:
-        trace, rate = one.trace, one.trace.drafted_accepted / max(1, one.trace.drafted_verified)
-        first, last = trace.emissions[0].time_s, trace.emissions[-1].time_s
+        tokens, metrics = one.summary.tokens, one.summary.metrics
         windows = windowed(one, 4)
         ratios = [_stage_ratio(one, length, bare) for length, bare in one.bare_ms]
         told = " / ".join(f"{ratio:.2f}" for ratio in (ratios[0], ratios[len(ratios) // 2], ratios[-1]))
         quarters = " / ".join(f"{speed:.1f}" for _, speed, _ in windows)
         bare = f"{one.bare_ms[0][1]:.1f} .. {one.bare_ms[-1][1]:.1f}"
-        speed = f"{(len(trace.tokens) - 1) / (last - first):.1f}"
-        new = f"{distinct(trace.tokens[len(trace.tokens) // 2 :]):.0%}"
-        speeds.append([one.model, one.dtype, len(trace.tokens), speed, quarters, f"{rate:.0%}", new, bare, told])
+        speed, rate = f"{metrics.tokens_per_second or 0:.1f}", f"{metrics.acceptance_rate or 0:.0%}"
+        new = f"{distinct(tokens[len(tokens) // 2 :]):.0%}"
+        speeds.append([one.model, one.dtype, len(tokens), speed, quarters, rate, new, bare, told])
         for name in one.samples[0].memory_mib:
             warm = next((s for s in one.samples if s.tokens >= WARM_UP), one.samples[-1]).memory_mib[name]
             end, growth = one.samples[-1].memory_mib[name], growth_kib(one, name)
@@ -266,16 +286,18 @@ def page(all_measured: Sequence[Measured], figure: str) -> str:
         "both stages together took for one-row runs at about that length (median), at the beginning, in the middle and "
         "at the end: as long as it does not rise, nothing but attention slows the text down.",
         markdown_table(["process", f"MiB after {WARM_UP} tokens", "at the end", "KiB per token"], memories),
-        "Memory is the proportional set size; KV cells are there from the start. The head keeps a trace of every run, "
-        "from which the figures at the end are made, and the drafter an index of all n-grams: both grow with the text "
-        "by the KiB per token above (slope of a straight line after the warm-up).",
+        "Memory is the proportional set size; KV cells are there from the start. *KiB per token* is the slope of a "
+        "straight line after the warm-up. What must grow is counted in `tests/backends/test_flat_memory.py`: the "
+        "head's text, its table of KV cells, one number per token for percentiles; the drafter's text and its index of "
+        "n-grams. A trace is kept only where it is asked for (`--trace`, `--plot`, `compare`): it costs the head "
+        "0.6 KiB more per token.",
         "Made by `python -m analysis.long_generation -o docs/long-generation.md`.",
     ]
     return "\n\n".join(part if part.startswith("|") else fill(part) for part in parts) + "\n"
 
 
 def _stage_ratio(measured: Measured, length: int, bare_ms: float) -> float:
-    near = sorted(measured.stage_ms, key=lambda one: abs(one[0] - length))[:100]
+    near = sorted(measured.stage_ms, key=lambda one: abs(one[0] - length))[:_RUNS_EACH]
     return statistics.median(ms for _, ms in near) / bare_ms
 
 

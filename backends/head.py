@@ -16,7 +16,7 @@ from backends.pipeline import DrafterBack, Pipeline
 from backends.sampling import Sampling
 from pipesim.calibration.observations import HeadSample
 from pipesim.errors import InvariantError, PipesimError, StageFailedError
-from pipesim.recorder import Recorder
+from pipesim.recorder import Observer
 from pipesim.scheduling.commands import (
     CancelRuns,
     Command,
@@ -46,20 +46,21 @@ class Head:
 
     ``on_tokens`` hears committed tokens at once. It answers None, or after how many tokens of the generation the text
     has come to a stop string. ``emulated``: the generation keeps to the times of another cluster, whose parts the
-    pipeline's nodes were told.
+    pipeline's nodes were told. ``handling`` gathers what each event took to handle.
     """
 
     def __init__(
         self,
         pipeline: Pipeline,
-        recorder: Recorder,
+        observer: Observer,
         on_tokens: Callable[[tuple[int, ...]], int | None],
         emulated: PacedHead | None = None,
+        handling: list[HeadSample] | None = None,
     ) -> None:
         self._pipeline = pipeline
-        self._recorder = recorder
+        self._observer = observer
         self._on_tokens = on_tokens
-        self._drafts = pipeline.drafter is not None and recorder.scheduler.policy.limits.nodes > 0
+        self._drafts = pipeline.drafter is not None and observer.scheduler.policy.limits.nodes > 0
         self._drafter: Node | None = None  # the one that knows our text
         self._session = pipeline.new_session()
         self._sampling = Sampling()
@@ -69,8 +70,7 @@ class Head:
         self._attempts = 0  # restorations since the last token
         self._drafter_attempts = 0  # new drafters since the last draft
         self._released = False
-        self.handling: list[HeadSample] = []
-        """What each event took to handle."""
+        self._handling = handling
         self._emulated = emulated
         self._pace: HeadPace | None = None
         self._stopped_after: int | None = None
@@ -99,11 +99,11 @@ class Head:
             pipeline.forget(self._session)
 
     async def _run(self, started: GenerationStarted) -> None:
-        scheduler = self._recorder.scheduler
+        scheduler = self._observer.scheduler
         submitted = time.monotonic() + (LEAD_S if self._emulated else 0.0)
         if self._emulated:
             self._pace = HeadPace(self._emulated, self._pipeline.inbox(self._session), submitted)
-        commands = self._recorder.handle(started, submitted)
+        commands = self._observer.handle(started, submitted)
         self._open()
         self._tell_drafter()
         if self._pace:
@@ -113,14 +113,15 @@ class Head:
             happened = self._due.popleft() if self._due else await self._next_event()
             if happened is not None:
                 begun = time.monotonic()
-                self._carry_out(self._recorder.handle(happened, begun))
-                self.handling.append(HeadSample(isinstance(happened, DraftReturned), time.monotonic() - begun))
+                self._carry_out(self._observer.handle(happened, begun))
+                if self._handling is not None:
+                    self._handling.append(HeadSample(isinstance(happened, DraftReturned), time.monotonic() - begun))
             if isinstance(happened, StageLost):
                 self._released = scheduler.released  # stages that are reset forget the session by themselves
                 if not self._released:
                     await self._recover()
         if self._pace:
-            self._recorder.paced(self._pace.samples)
+            self._observer.paced(self._pace.samples)
         if self._drafts:
             self._order(EndText(self._session.number))
 
@@ -154,7 +155,7 @@ class Head:
                     calls = self._pace.model.cancel(len(run_ids)) if self._pace else []
                     size = self._pipeline.cancel(self._session, run_ids, calls)
                     for stage in self._names[1:-1]:
-                        self._recorder.link_sent(f"head to {stage} (control)", calls[0].size if calls else size)
+                        self._observer.link_sent(f"head to {stage} (control)", calls[0].size if calls else size)
                 case EmitTokens(_, tokens):
                     self._attempts = 0
                     self._log(logging.DEBUG, "tokens committed", tokens=tokens)
@@ -166,7 +167,7 @@ class Head:
                     self._sent(0, self._pipeline.send(ReleaseFrame(self._session)))
 
     def _open(self) -> None:
-        scheduler = self._recorder.scheduler
+        scheduler = self._observer.scheduler
         origins = None
         if self._pace:
             origins = tuple(self._pace.origin + stage.clock_offset for stage in self._pipeline.stages)
@@ -184,7 +185,7 @@ class Head:
         drafter = self._pipeline.drafter
         if self._drafts and drafter and drafter is not self._drafter and drafter.watched:
             self._drafter = drafter
-            text = tuple(self._recorder.scheduler.generation.text)
+            text = tuple(self._observer.scheduler.generation.text)
             origin = self._pace.origin + drafter.clock_offset if self._pace else None
             self._order(StartText(self._session.number, text, self._sampling, self._planted, origin))
 
@@ -195,7 +196,7 @@ class Head:
             size = self._pipeline.order(message)
             if self._pace:  # the model's drafter hears of new text with requests only
                 size = message.hop.size if isinstance(message, DraftOrder) and message.hop else 0
-            self._recorder.link_sent("head to drafter", size)
+            self._observer.link_sent("head to drafter", size)
         elif isinstance(message, DraftOrder):
             self._due.append(DraftReturned(message.request.request_id, _NO_DRAFT))
 
@@ -209,7 +210,7 @@ class Head:
         if not pipeline.drafter or error is not pipeline.drafter.failure:
             return None
         self._lose_drafter(error)
-        waiting = self._recorder.scheduler.generation.draft_id
+        waiting = self._observer.scheduler.generation.draft_id
         return None if waiting is None else DraftReturned(waiting, _NO_DRAFT)
 
     def _lose_drafter(self, error: PipesimError) -> None:
@@ -224,7 +225,7 @@ class Head:
 
     async def _recover(self) -> None:
         """Goes on with the same text on a pipeline that forgot everything."""
-        pipeline, scheduler = self._pipeline, self._recorder.scheduler
+        pipeline, scheduler = self._pipeline, self._observer.scheduler
         if pipeline.failure:  # otherwise somebody else was faster
             await self._restore(pipeline.failure)
         self._session = pipeline.renewed(self._session, scheduler.generation.epoch + 1)
@@ -258,8 +259,8 @@ class Head:
         tokens = len(reply.tree.tokens) if reply.tree else 0
         if self._pace:
             size = sum(hop.size for hop in reply.hops[1:])
-        self._recorder.link_sent("drafter to head", size)
-        self._recorder.draft_span(reply.request_id, reply.start - offset, reply.end - offset, tokens)
+        self._observer.link_sent("drafter to head", size)
+        self._observer.draft_span(reply.request_id, reply.start - offset, reply.end - offset, tokens)
         return DraftReturned(reply.request_id, reply.tree) if reply.tree is not None else None
 
     def _note_frame(self, frame: Frame, size: int) -> Event | None:
@@ -278,7 +279,7 @@ class Head:
         for stage, stamp in zip(self._pipeline.stages, frame.stamps, strict=True):
             offset = stage.clock_offset
             stage.last_run = frame.run_id
-            self._recorder.stage_span(stamp.stage, frame.run_id, stamp.start - offset, stamp.end - offset, stamp.void)
+            self._observer.stage_span(stamp.stage, frame.run_id, stamp.start - offset, stamp.end - offset, stamp.void)
             if stamp.stage:
                 self._sent(stamp.stage, stamp.received_bytes, *hops[stamp.stage : stamp.stage + 1])
         self._log(logging.DEBUG, "run returned", run=frame.run_id, void=frame.predictions is None)
@@ -291,4 +292,4 @@ class Head:
         """Counts a frame's bytes; in an emulated cluster those of the model, which knows of runs alone."""
         if self._pace:
             size = sum(one.size for one in modelled)
-        self._recorder.link_sent(f"{self._names[hop]} to {self._names[hop + 1]}", size)
+        self._observer.link_sent(f"{self._names[hop]} to {self._names[hop + 1]}", size)

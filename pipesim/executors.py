@@ -10,6 +10,7 @@ from pipesim.acceptance_trace import AcceptanceTrace
 from pipesim.calibration.observations import Observations
 from pipesim.errors import BadInputError
 from pipesim.scenario import Model, Scenario
+from pipesim.summary import Summary
 from pipesim.trace import Trace
 
 GROUP = "pipesim.executors"
@@ -17,10 +18,11 @@ GROUP = "pipesim.executors"
 
 @dataclass(frozen=True, slots=True)
 class RealResult:
-    """One real generation: its text, without special tokens, what was recorded of it, and what of its drafter."""
+    """One real generation: its text, without special tokens, its figures, and what else was asked for."""
 
     text: str
-    trace: Trace
+    summary: Summary
+    trace: Trace | None = None
     acceptance: AcceptanceTrace | None = None
 
 
@@ -57,7 +59,7 @@ class Measurement:
     """What ``compare`` needs: measured costs (no rounds: none but the acceptance), and the scenario's own runs."""
 
     observed: Observed
-    runs: tuple[RealResult, ...]
+    runs: tuple[Trace, ...]
 
 
 class Executor(Protocol):
@@ -72,10 +74,12 @@ class Executor(Protocol):
         events: TextIO | None = None,
         on_text: Callable[[Progress], None] | None = None,
         record_acceptance: bool = False,
+        keep_trace: bool = False,
     ) -> RealResult:
         """Runs a scenario for real; ``on_text`` hears text as it is committed. Writes the event log to ``events``.
 
-        ``record_acceptance``: afterwards, ask the drafter for its candidates all along the text.
+        ``record_acceptance``: afterwards, ask the drafter for its candidates all along the text. ``keep_trace``: keep
+        what happened to each run; otherwise memory stays flat however long the text becomes.
         """
 
     def measure(

@@ -200,6 +200,12 @@ class Tally:
         self._gaps.extend([0.0] * (tokens - 1))
         self.last = now
 
+    def cut(self, tokens: int) -> None:
+        """The text ends after so many tokens, 1 or more: what the user got beyond is none of it."""
+        assert self._first is not None
+        del self._gaps[tokens - 1 :]
+        self.last = self._first + sum(self._gaps)
+
     def latency(self, latency: Latency) -> None:
         """How the time until the newest emission was spent: for each of them or none."""
         parts = [getattr(latency, name) for name in _PARTS]

@@ -1,12 +1,14 @@
 """Sits between a driver, simulated or real, and its scheduler, and sees what passes."""
 
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Sequence
 from typing import TextIO
 
 from pipesim.errors import InvariantError
 from pipesim.event_log import EventLogWriter
 from pipesim.metrics import Metrics, Tally
+from pipesim.pace import judge
 from pipesim.scheduling.commands import (
     Command,
     EmitTokens,
@@ -18,21 +20,23 @@ from pipesim.scheduling.commands import (
     SubmitRun,
 )
 from pipesim.scheduling.events import Event, GenerationStarted, RunReturned, StopStringMet
-from pipesim.scheduling.runs import Run
+from pipesim.scheduling.runs import Run, RunKind
 from pipesim.scheduling.scheduler import Scheduler
+from pipesim.summary import Summary
 from pipesim.trace import DraftSpan, Emission, Latency, PaceSample, RunRecord, StageSpan, Trace
 
 
 class Observer(ABC):
     """Passes events on to ``scheduler``, writes the event log, and sees to it that every run ends once (I1).
 
-    A ``Recorder`` keeps all that passes, a ``Meter`` only sums it up. The driver adds what only it can know: stage and
-    drafter spans, bytes on links, latencies. Times are on the driver's own clock, in ticks of ``1 / ticks_per_s``; the
-    first event is time zero.
+    A ``Recorder`` keeps all that passes, a ``Meter`` only sums it up, a ``TextMeter`` has the text beside. The driver
+    adds what only it can know: stage and drafter spans, bytes on links, latencies. Times are on the driver's own clock,
+    in ticks of ``1 / ticks_per_s``; the first event is time zero.
     """
 
     def __init__(self, scheduler: Scheduler, seed: int, events: TextIO | None = None, ticks_per_s: float = 1) -> None:
         self.scheduler = scheduler
+        self._seed = seed
         self._log = EventLogWriter(events, scheduler, seed) if events else None
         self._ticks_per_s = ticks_per_s
         self._started: float | None = None
@@ -42,6 +46,7 @@ class Observer(ABC):
         self._reason: FinishReason | None = None
         self._finished: float | None = None
         self._drained: float | None = None
+        self._pace: tuple[PaceSample, ...] = ()
 
     def handle(self, event: Event, now: float) -> list[Command]:
         """What ``Scheduler.handle`` answers."""
@@ -85,6 +90,10 @@ class Observer(ABC):
     def link_sent(self, link: str, size_bytes: int) -> None:
         """Adds to the bytes that were sent over a link."""
         self._link_bytes[link] = self._link_bytes.get(link, 0) + size_bytes
+
+    def paced(self, samples: Sequence[PaceSample]) -> None:
+        """How well an emulated cluster kept its pace; its times count from the prompt."""
+        self._pace = tuple(samples)
 
     @abstractmethod
     def stage_span(self, stage: int, run_id: int, start: float, end: float, void: bool) -> None:
@@ -130,16 +139,14 @@ class Recorder(Observer):
         ticks_per_s: float = 1,
     ) -> None:
         super().__init__(scheduler, seed, events, ticks_per_s)
-        self._seed = seed
         self._stages = tuple(stages)
-        self._runs: dict[int, tuple[Run, float]] = {}
+        self._runs: list[tuple[int, RunKind, int, float]] = []
         self._returns: dict[int, float] = {}
         self._ends: dict[int, tuple[Outcome, int, float | None]] = {}  # with the time of a run that never returned
         self._emissions: list[tuple[float, EmitTokens]] = []
         self._latencies: list[Latency] = []
         self._spans: list[tuple[int, int, float, float, bool]] = []
         self._drafts: list[tuple[int, float, float, int]] = []
-        self._pace: tuple[PaceSample, ...] = ()
 
     def stage_span(self, stage: int, run_id: int, start: float, end: float, void: bool) -> None:
         """A run left a stage."""
@@ -153,12 +160,8 @@ class Recorder(Observer):
         """How the time until the newest emission was spent; from the first on or never."""
         self._latencies.append(latency)
 
-    def paced(self, samples: Sequence[PaceSample]) -> None:
-        """How well an emulated cluster kept its pace; its times count from the prompt."""
-        self._pace = tuple(samples)
-
     def _submitted(self, run: Run, now: float) -> None:
-        self._runs[run.run_id] = (run, now)
+        self._runs.append((run.run_id, run.kind, run.rows, now))
 
     def _returned(self, run_id: int, now: float) -> None:
         self._returns[run_id] = now
@@ -189,10 +192,10 @@ class Recorder(Observer):
         def since(time: float | None) -> float | None:
             return None if time is None else at(time)
 
-        def record(run: Run, submitted: float) -> RunRecord:
-            outcome, useful_rows, lost = self._ends.get(run.run_id, (None, 0, None))
-            returned = since(self._returns.get(run.run_id))
-            return RunRecord(run.run_id, run.kind, run.rows, at(submitted), returned, outcome, useful_rows, since(lost))
+        def record(run_id: int, kind: RunKind, rows: int, submitted: float) -> RunRecord:
+            outcome, useful_rows, lost = self._ends.get(run_id, (None, 0, None))
+            returned = since(self._returns.get(run_id))
+            return RunRecord(run_id, kind, rows, at(submitted), returned, outcome, useful_rows, since(lost))
 
         latencies: Sequence[Latency | None] = self._latencies or [None] * len(self._emissions)
         return Trace(
@@ -208,7 +211,7 @@ class Recorder(Observer):
             drafted_accepted=self.scheduler.statistics.drafted_accepted,
             spans=tuple(StageSpan(s, run, at(start), at(end), void) for s, run, start, end, void in self._spans),
             drafts=tuple(DraftSpan(request, at(start), at(end), n) for request, start, end, n in self._drafts),
-            runs=tuple(record(run, submitted) for run, submitted in self._runs.values()),
+            runs=tuple(record(*run) for run in self._runs),
             emissions=tuple(
                 Emission(at(time), emitted.position, emitted.tokens, latency)
                 for (time, emitted), latency in zip(self._emissions, latencies, strict=True)
@@ -220,8 +223,10 @@ class Recorder(Observer):
 class Meter(Observer):
     """Sums up what passes and keeps no trace. Its driver's clock counts whole nanoseconds from 0."""
 
-    def __init__(self, scheduler: Scheduler, seed: int, stages: int) -> None:
-        super().__init__(scheduler, seed, ticks_per_s=1e9)
+    def __init__(
+        self, scheduler: Scheduler, seed: int, stages: int, events: TextIO | None = None, ticks_per_s: float = 1e9
+    ) -> None:
+        super().__init__(scheduler, seed, events, ticks_per_s)
         self._tally = Tally(stages)
 
     def stage_span(self, stage: int, run_id: int, start: float, end: float, void: bool) -> None:
@@ -263,3 +268,47 @@ class Meter(Observer):
         return self._tally.metrics(
             statistics.drafted_verified, statistics.drafted_accepted, sum(self._link_bytes.values())
         )
+
+
+class TextMeter(Meter):
+    """Keeps the text beside the sums, for a driver whose clock counts seconds from anywhere: the real head.
+
+    What grows with the text is 12 bytes per token.
+    """
+
+    def __init__(self, scheduler: Scheduler, seed: int, stages: int, events: TextIO | None = None) -> None:
+        super().__init__(scheduler, seed, stages, events, ticks_per_s=1)
+        self._text = array("i")
+
+    def _ns(self, now: float) -> int:
+        return round((now - (self._started or 0.0)) * 1e9)
+
+    def stage_span(self, stage: int, run_id: int, start: float, end: float, void: bool) -> None:
+        """A run left a stage."""
+        super().stage_span(stage, run_id, self._ns(start), self._ns(end), void)
+
+    def _emitted(self, emitted: EmitTokens, now: float) -> None:
+        super()._emitted(emitted, self._ns(now))
+        self._text.extend(emitted.tokens)
+
+    def _all_emitted(self, now: float) -> None:
+        super()._all_emitted(self._ns(now))
+
+    def _cut(self, end: int) -> None:
+        tokens = end - self._prompt_tokens
+        del self._text[tokens:]
+        self._tally.cut(tokens)
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The text so far, prompt excluded."""
+        return tuple(self._text)
+
+    def summary(self) -> Summary:
+        """What ``summarise`` would make of the generation's trace.
+
+        Raises:
+            InvariantError: as :meth:`metrics`.
+        """
+        metrics, policy = self.metrics(), self.scheduler.policy.name
+        return Summary(policy, self._seed, self.tokens, self._reason, metrics, judge(self._pace))

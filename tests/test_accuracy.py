@@ -73,7 +73,7 @@ def test_predictions_of_live_runs_are_near(tmp_path: Path) -> None:
         assert [replay(log) for log in logs.iterdir()] == [None] * 3, "decisions are the same again (I9)"
         profile = build_scenario(measured_profile(scenario, measured.observed))
         prediction = predict(profile, measured.observed.acceptance)
-        speeds = [flat_metrics(run.trace)["tokens_per_second"] for run in measured.runs]
+        speeds = [flat_metrics(run)["tokens_per_second"] for run in measured.runs]
         figure = make_figure([flat_metrics(prediction.trace)["tokens_per_second"]], speeds)
         assert figure.error is not None
         assert figure.spread

@@ -2,14 +2,16 @@ import pytest
 from scenario_builder import build
 
 from pipesim.errors import InvariantError
-from pipesim.recorder import Meter, Recorder
-from pipesim.scheduling.commands import EndRun, FinishReason, Outcome, ReleaseSession
-from pipesim.scheduling.events import GenerationAborted, GenerationStarted, RunReturned, StopStringMet
+from pipesim.recorder import Meter, Observer, Recorder, TextMeter
+from pipesim.scenario import Scenario
+from pipesim.scheduling.commands import Command, EndRun, FinishReason, Outcome, ReleaseSession
+from pipesim.scheduling.events import Event, GenerationAborted, GenerationStarted, RunReturned, StopStringMet
 from pipesim.scheduling.policy import make_policy
 from pipesim.scheduling.runs import RunKind
 from pipesim.scheduling.scheduler import Scheduler
-from pipesim.simulation.pipeline import simulate
-from pipesim.trace import DraftSpan, Emission, RunRecord, StageSpan
+from pipesim.simulation.pipeline import Simulation, simulate
+from pipesim.summary import summarise
+from pipesim.trace import DraftSpan, Emission, Latency, PaceSample, RunRecord, StageSpan
 
 
 def started(now: float = 100.0) -> Recorder:
@@ -64,6 +66,64 @@ def test_what_followed_a_stop_string_is_no_text(tokens: int) -> None:
     assert trace.tokens == (7, 8, 9)[:tokens]
     assert trace.complete
     assert trace.finish_reason is FinishReason.STOP, "even where the length would have ended it as well"
+
+
+def drive(observer: Observer, stop: int | None) -> None:
+    """A generation of three tokens on a clock in seconds; the text may end at a stop string."""
+    observer.handle(GenerationStarted((1, 2), 3), 100.1)
+    for run, token in enumerate((7, 8, 9)):
+        observer.stage_span(0, run, 100.2 + run, 100.9 + run, False)
+        observer.handle(RunReturned(run, (token,)), 101.3 + run)
+        observer.link_sent("x", 3)
+    observer.draft_span(0, 102.0, 102.5, 4)
+    if stop is not None:
+        observer.handle(StopStringMet(stop), 104.1)
+    observer.paced([PaceSample("stage 0", 0.0, 1.0, 1.5, False)])
+
+
+@pytest.mark.parametrize("stop", [None, 1, 2, 3])
+def test_a_text_meter_says_what_a_trace_says(stop: int | None) -> None:
+    recorder = Recorder(Scheduler(make_policy("autoregressive")), 7, ["stage 0"])
+    meter = TextMeter(Scheduler(make_policy("autoregressive")), 7, 1)
+    for observer in (recorder, meter):
+        drive(observer, stop)
+    assert meter.summary() == summarise(recorder.trace())
+    assert meter.summary().complete
+
+
+class Both(Recorder):
+    """Tells a text meter, on a clock in seconds, all that it hears but latencies, of which real heads know nothing."""
+
+    def __init__(self, scenario: Scenario) -> None:
+        super().__init__(scenario.scheduler(), scenario.seed, ["a", "b", "c"], ticks_per_s=1e9)
+        self.meter = TextMeter(scenario.scheduler(), scenario.seed, 3)
+
+    def handle(self, event: Event, now: float) -> list[Command]:
+        self.meter.handle(event, now / 1e9)
+        return super().handle(event, now)
+
+    def stage_span(self, stage: int, run_id: int, start: float, end: float, void: bool) -> None:
+        self.meter.stage_span(stage, run_id, start / 1e9, end / 1e9, void)
+        super().stage_span(stage, run_id, start, end, void)
+
+    def draft_span(self, request_id: int, start: float, end: float, tokens: int) -> None:
+        self.meter.draft_span(request_id, start / 1e9, end / 1e9, tokens)
+        super().draft_span(request_id, start, end, tokens)
+
+    def link_sent(self, link: str, size_bytes: int) -> None:
+        self.meter.link_sent(link, size_bytes)
+        super().link_sent(link, size_bytes)
+
+    def latency(self, latency: Latency) -> None:
+        pass
+
+
+@pytest.mark.parametrize("policy", ["autoregressive", "speculative", "pipeinfer"])
+def test_a_text_meter_says_what_the_trace_of_the_same_generation_says(policy: str) -> None:
+    scenario = build(f"policy.name={policy}", "acceptance.rate=0.6")
+    both = Both(scenario)
+    Simulation(scenario, both).run()
+    assert both.meter.summary() == summarise(both.trace())
 
 
 def test_an_aborted_generation_is_not_complete() -> None:

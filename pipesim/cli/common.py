@@ -19,11 +19,12 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from pipesim.errors import BadInputError, PipesimError
-from pipesim.metrics import LatencyShares, Metrics, compute_metrics
-from pipesim.pace import Pace, judge
+from pipesim.metrics import LatencyShares
+from pipesim.pace import Pace
 from pipesim.perfetto import write_perfetto
 from pipesim.scenario import Scenario, StageSummary
 from pipesim.scenario_file import load_scenario
+from pipesim.summary import Summary
 from pipesim.trace import Trace
 
 if TYPE_CHECKING:
@@ -191,8 +192,7 @@ def printing() -> Iterator[None]:
 
 
 def result(
-    trace: Trace,
-    metrics: Metrics,
+    summary: Summary,
     text: str | None = None,
     stages: Sequence[StageSummary] = (),
     bound: "Bound | None" = None,
@@ -200,23 +200,24 @@ def result(
 ) -> dict[str, Any]:
     """The object that ``--json`` prints; ``text``, ``lossy`` only for real runs, ``stages``, ``bound`` only for
     simulated ones."""
-    shown: dict[str, Any] = {"policy": trace.policy, "seed": trace.seed, "tokens": list(trace.tokens)}
+    shown: dict[str, Any] = {"policy": summary.policy, "seed": summary.seed, "tokens": list(summary.tokens)}
     if text is not None:
         shown["text"] = text
     if lossy is not None:
         shown["lossy"] = lossy
-    shown["metrics"] = metrics.as_dict()
+    shown["metrics"] = summary.metrics.as_dict()
     if stages:
         shown["stages"] = [dataclasses.asdict(stage) for stage in stages]
     if bound is not None:
-        shown["bound"] = bound.as_dict(metrics.e2e_s)
-    if pace := judge(trace.pace):
-        shown["pace"] = pace.as_dict()
+        shown["bound"] = bound.as_dict(summary.metrics.e2e_s)
+    if summary.pace:
+        shown["pace"] = summary.pace.as_dict()
     return shown
 
 
 def report(
-    trace: Trace,
+    summary: Summary,
+    trace: Trace | None,
     *,
     as_json: bool,
     trace_file: Path | None,
@@ -227,20 +228,23 @@ def report(
     window: tuple[float, float] | None = None,
     lossy: str | None = None,
 ) -> None:
-    """Shows the result and writes the files that were asked for; exits with status 1 unless all tokens are there."""
-    metrics = compute_metrics(trace)
+    """Shows the result and writes the files that were asked for; exits with status 1 unless all tokens are there.
+
+    Files need the ``trace``.
+    """
     with printing():
         if as_json:
-            print(json.dumps(result(trace, metrics, text, stages, bound, lossy), allow_nan=False))
+            print(json.dumps(result(summary, text, stages, bound, lossy), allow_nan=False))
         else:
-            Console().print(metrics_table(trace, metrics, bound))
+            Console().print(metrics_table(summary, bound))
             if stages:
                 Console().print(stages_table(stages))
-            if pace := judge(trace.pace):
-                Console().print(pace_table(pace))
-    warn_of_pace(judge(trace.pace))
-    write_files(trace, trace_file, plot_file, window)
-    fail([problem for problem in [early_end(trace)] if problem])
+            if summary.pace:
+                Console().print(pace_table(summary.pace))
+    warn_of_pace(summary.pace)
+    if trace:
+        write_files(trace, trace_file, plot_file, window)
+    fail([problem for problem in [early_end(summary)] if problem])
 
 
 def pace_table(pace: Pace) -> Table:
@@ -274,11 +278,11 @@ def write_files(
         plot(trace, plot_file, window)
 
 
-def early_end(trace: Trace) -> str | None:
+def early_end(summary: Summary) -> str | None:
     """What is wrong with a generation that did not bring all its tokens."""
-    if trace.complete:
+    if summary.complete:
         return None
-    return f"the generation ended early, after {len(trace.tokens)} tokens ({trace.finish_reason})"
+    return f"the generation ended early, after {len(summary.tokens)} tokens ({summary.finish_reason})"
 
 
 def fail(problems: Sequence[str]) -> None:
@@ -311,9 +315,10 @@ def plot(trace: Trace, path: Path, window: tuple[float, float] | None = None) ->
         plot_timeline(trace, path, window)
 
 
-def metrics_table(trace: Trace, metrics: Metrics, bound: "Bound | None" = None) -> Table:
+def metrics_table(summary: Summary, bound: "Bound | None" = None) -> Table:
     """The figures for people."""
-    table = Table(title=f"{trace.policy}, seed {trace.seed}: {len(trace.tokens)} tokens", show_header=False)
+    metrics, title = summary.metrics, f"{summary.policy}, seed {summary.seed}: {len(summary.tokens)} tokens"
+    table = Table(title=title, show_header=False)
     table.add_column(style="bold")
     table.add_column(justify="right")
 

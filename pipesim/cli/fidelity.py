@@ -205,7 +205,7 @@ def compare_command(
             if stream:
                 write_profile(profile, stream)
     prediction = predict(measured, measurement.observed.acceptance)
-    traces = [run.trace for run in measurement.runs]
+    traces = measurement.runs
     figures = compare(prediction, traces, measurement.observed.acceptance.tokens)
     pace = judge([sample for trace in traces for sample in trace.pace])
     shown = {
@@ -288,7 +288,7 @@ def _draw(
     plot_file: Path | None,
 ) -> None:
     """Writes the page and the picture. Raises PipesimError if that fails."""
-    first = measurement.runs[0].trace
+    first = measurement.runs[0]
     if html_file:
         from analysis.comparison_page import comparison_page
 

@@ -27,18 +27,19 @@ from pipesim.cli.common import (
     app,
     check_outputs,
     diagnostic,
+    early_end,
+    fail,
     load,
     parse_window,
     printing,
     report,
     result,
+    write_files,
     writing,
 )
 from pipesim.cli.streaming import TextScreen
 from pipesim.errors import BadInputError
 from pipesim.executors import Executor, RealResult, find_executor
-from pipesim.metrics import compute_metrics
-from pipesim.perfetto import write_perfetto
 from pipesim.scenario import Scenario
 from pipesim.scenario_file import apply_overrides, build_scenario
 
@@ -138,20 +139,25 @@ def generate_command(
     description["seed"] = seed
     apply_overrides(description, overrides or ())
     scenario = build_scenario(description, "generate")
-    outcome = _execute(executor, scenario, events, as_json, record_acceptance)
+    outcome = _execute(executor, scenario, events, as_json, record_acceptance, keep_trace=trace is not None)
     _report_generation(outcome, as_json, trace, scenario.execution.lossy)
 
 
 def _execute(
-    executor: Executor, scenario: Scenario, events: Path | None, as_json: bool, acceptance: Path | None
+    executor: Executor,
+    scenario: Scenario,
+    events: Path | None,
+    as_json: bool,
+    acceptance: Path | None,
+    keep_trace: bool,
 ) -> RealResult:
     """One real generation; its text appears on stdout as it is committed, unless JSON is to stand there alone."""
     with interruptible(), writing(events) as log, writing(acceptance) as record:
         if as_json:
-            outcome = executor.execute(scenario, log, record_acceptance=record is not None)
+            outcome = executor.execute(scenario, log, None, record is not None, keep_trace)
         else:
             with TextScreen.open() as screen:
-                outcome = executor.execute(scenario, log, screen.show, record is not None)
+                outcome = executor.execute(scenario, log, screen.show, record is not None, keep_trace)
             with printing():
                 print()
         if record and outcome.acceptance:
@@ -203,20 +209,17 @@ def _devices(listed: str | None) -> str | list[str] | None:
 
 def _report_generation(outcome: RealResult, as_json: bool, trace_file: Path | None, lossy: str | None) -> None:
     """Figures for people on stderr: stdout holds the text alone, or the JSON object alone."""
-    metrics = compute_metrics(outcome.trace)
+    summary, metrics = outcome.summary, outcome.summary.metrics
     if as_json:
         with printing():
-            print(json.dumps(result(outcome.trace, metrics, outcome.text, lossy=lossy)))
+            print(json.dumps(result(summary, outcome.text, lossy=lossy)))
     elif sys.stderr.isatty():
         speed = "" if metrics.tokens_per_second is None else f", {metrics.tokens_per_second:.1f} tokens/s"
         rate = "" if metrics.acceptance_rate is None else f", {metrics.acceptance_rate:.0%} of drafted tokens accepted"
-        diagnostic(f"{len(outcome.trace.tokens)} tokens{speed}{rate}")
-    with writing(trace_file) as stream:
-        if stream:
-            write_perfetto(outcome.trace, stream)
-    if not outcome.trace.complete:
-        diagnostic(f"error: the generation ended early, after {len(outcome.trace.tokens)} tokens")
-        raise typer.Exit(1)
+        diagnostic(f"{len(summary.tokens)} tokens{speed}{rate}")
+    if outcome.trace:
+        write_files(outcome.trace, trace_file, None)
+    fail([problem for problem in [early_end(summary)] if problem])
 
 
 @app.command("execute")
@@ -243,9 +246,10 @@ def execute_command(
     loaded, window = load(scenario, overrides, seed), parse_window(plot_window)
     check_outputs(trace, events, record_acceptance, plot=plot)
     executor = executor_with_logs(log_level, log_file)
-    outcome = _execute(executor, loaded, events, as_json, record_acceptance)
+    outcome = _execute(executor, loaded, events, as_json, record_acceptance, keep_trace=bool(trace or plot))
     lossy = loaded.execution.lossy
     report(
+        outcome.summary,
         outcome.trace,
         as_json=as_json,
         trace_file=trace,

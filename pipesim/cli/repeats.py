@@ -9,29 +9,28 @@ from rich.console import Console
 from rich.table import Table
 
 from pipesim.cli.common import early_end, printing, result, stages_table
-from pipesim.metrics import compute_metrics
 from pipesim.scenario.plans import StageSummary
 from pipesim.statistics import Interval, mean_interval, significant
+from pipesim.summary import Summary
 from pipesim.sweep import flatten
-from pipesim.trace import Trace
 
 if TYPE_CHECKING:
     from pipesim.simulation.bound import Bound
 
 
 def report_repeats(
-    outcomes: Iterable[tuple[Trace, "Bound"]], stages: Sequence[StageSummary], *, as_json: bool
+    outcomes: Iterable[tuple[Summary, "Bound"]], stages: Sequence[StageSummary], *, as_json: bool
 ) -> list[str]:
     """Shows means and intervals of all figures; returns what is wrong with generations that ended early."""
     shown: dict[str, Any] = {}
     figures, seeds, problems = [], [], []
-    for trace, bound in outcomes:
-        one = result(trace, compute_metrics(trace), stages=stages, bound=bound)
+    for summary, bound in outcomes:
+        one = result(summary, stages=stages, bound=bound)
         shown = shown or one
         figures.append({**one["metrics"], "bound": one["bound"]})
-        seeds.append(trace.seed)
-        if problem := early_end(trace):
-            problems.append(f"seed {trace.seed}: {problem}")
+        seeds.append(summary.seed)
+        if problem := early_end(summary):
+            problems.append(f"seed {summary.seed}: {problem}")
     with printing():
         if as_json:
             means = over_seeds(figures, _mean)

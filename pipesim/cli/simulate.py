@@ -32,6 +32,7 @@ from pipesim.cli.repeats import report_repeats
 from pipesim.event_log import replay_log
 from pipesim.hardware.tables import profile_tables
 from pipesim.scenario import MarkovAcceptance, json_schema
+from pipesim.summary import summarise
 
 
 @app.command("simulate")
@@ -65,11 +66,20 @@ def simulate_command(
         diagnostic(f"in the long run {share:.1%} of positions are good, {rate:.1%} of first candidates are right")
     with writing(events) as stream:
         outcome = simulate(first, stream)
-    stages, bound = first.stage_summaries(), clairvoyant_bound(first)
+    stages, bound, summary = first.stage_summaries(), clairvoyant_bound(first), summarise(outcome)
     if not others:
-        report(outcome, as_json=as_json, trace_file=trace, plot_file=plot, stages=stages, bound=bound, window=window)
+        report(
+            summary,
+            outcome,
+            as_json=as_json,
+            trace_file=trace,
+            plot_file=plot,
+            stages=stages,
+            bound=bound,
+            window=window,
+        )
         return
-    outcomes = chain([(outcome, bound)], ((simulate(other), clairvoyant_bound(other)) for other in others))
+    outcomes = chain([(summary, bound)], ((summarise(simulate(one)), clairvoyant_bound(one)) for one in others))
     problems = report_repeats(outcomes, stages, as_json=as_json)
     write_files(outcome, trace, plot, window)
     fail(problems)

@@ -15,6 +15,7 @@ from pipesim.errors import InvariantError
 from pipesim.executors import RealResult, find_executor
 from pipesim.scenario import Scenario
 from pipesim.simulation.pipeline import simulate
+from pipesim.summary import summarise
 from pipesim.sweep.journal import Journal
 from pipesim.trace import PaceSample
 
@@ -77,7 +78,7 @@ def simulated(late_s: float = 0.0, tokens: int | None = None) -> Callable[..., N
             object.__setattr__(trace, "pace", (PaceSample("stage 0", 1.0, 1.02, 1.02 + late_s, False),) * 20)
             if tokens and number == len(scenarios) - 1:
                 object.__setattr__(trace, "emissions", trace.emissions[:tokens])
-            on_result(number, RealResult("", trace))
+            on_result(number, RealResult("", summarise(trace)))
 
     return execute_all
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from backends.executor import _prepare
+from backends.job import prepare
 from backends.models.config import FAMILIES, LayerKind, ModelConfig
 from backends.placement import split_layers
 from pipesim.errors import BadInputError
@@ -62,7 +62,7 @@ def test_layers_auto_reaches_real_stages() -> None:
         f"cluster.stages=[{{repeat: 4, layers: auto, device: laptop, cost: {cost}}}]",
     ]
     scenario = load_scenario(DEMO, sets)
-    parts = _prepare(scenario).cluster().stages
+    parts = prepare(scenario).cluster().stages
     assert (
         [part.last_layer - part.first_layer for part in parts]
         == [plan.layers for plan in scenario.stages()]

@@ -40,8 +40,9 @@ def file(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_nothing_is_ever_earlier_than_the_simulator_says(file: Path) -> None:
-    real = find_executor().execute(load_scenario(file), record_acceptance=True)
+    real = find_executor().execute(load_scenario(file), record_acceptance=True, keep_trace=True)
     assert real.acceptance
+    assert real.trace
     simulated = simulate(load_scenario(file), truth=RecordedTruth(real.acceptance))
     assert [one.tokens for one in real.trace.emissions] == [one.tokens for one in simulated.emissions]
     for ours, theirs in zip(real.trace.emissions, simulated.emissions, strict=True):

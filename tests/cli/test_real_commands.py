@@ -16,10 +16,12 @@ import psutil
 import pytest
 import yaml
 from pipelines import LAYERS
+from typer.testing import CliRunner
 
 from pipesim.acceptance_trace import read_acceptance_trace
+from pipesim.cli import app
 from pipesim.cli.real import LOOK_UP_SETTINGS
-from pipesim.errors import BadInputError
+from pipesim.errors import BadInputError, InvariantError
 from pipesim.executors import find_executor
 from pipesim.metrics import compute_metrics
 from pipesim.scenario_file import load_scenario
@@ -208,6 +210,20 @@ def test_a_stage_killed_on_another_machine_ends_the_generation_with_its_name(tin
         assert process.returncode == 1
         assert f"error: stage 1 ({second}, layers" in errors
         assert "Traceback" not in errors
+
+
+def test_records_of_runs_are_kept_only_where_a_trace_is_asked_for(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise InvariantError("somebody wants a trace")
+
+    monkeypatch.setattr("backends.job.Recorder", refuse)
+    arguments = ["generate", PROMPT, "--raw", "--model", str(tiny_folder), "--max-new-tokens", "12", "--json"]
+    done = CliRunner().invoke(app, [*arguments, "--events", str(tmp_path / "log")])
+    assert len(json.loads(done.stdout)["tokens"]) == 12
+    done = CliRunner().invoke(app, [*arguments, "--trace", str(tmp_path / "trace")])
+    assert "somebody wants a trace" in done.stderr
 
 
 def test_a_port_in_use_is_named() -> None:

@@ -321,7 +321,7 @@ def test_help_shows_an_example(command: str) -> None:
 
 
 def test_what_is_no_json_number_is_not_printed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipesim.cli.common.compute_metrics", lambda trace: replace(compute_metrics(trace), ttft_s=nan))
+    monkeypatch.setattr("pipesim.summary.compute_metrics", lambda trace: replace(compute_metrics(trace), ttft_s=nan))
     result = call("simulate", DEMO, *SHORT, "--json")
     assert isinstance(result.exception, ValueError)
     assert not result.stdout
