@@ -11,6 +11,7 @@ from backends.control import ConfigureDrafter, ConfigureStage
 from backends.frames import Compression
 from backends.logs import event
 from backends.models.loading import fingerprint, open_model
+from backends.models.native import library
 from backends.node import Node
 from backends.pipeline import Pipeline, together
 from backends.processes import NodeProcess, Nursery
@@ -82,6 +83,14 @@ class ClusterPlan:
     recovery: Recovery = Recovery()
     spares: tuple[str, ...] = ()
 
+    @property
+    def wants_native_kernels(self) -> bool:
+        """Whether processes here will look for them."""
+        devices = [part.device or "cpu" for part in self.stages if part.address is None]
+        if self.drafter and self.drafter.is_model:
+            devices.append(self.drafter.device)
+        return self.kernels in ("auto", "native") and self.dtype != "float16" and "cpu" in devices
+
 
 def stage_parts(
     layers: Sequence[int], hosts: Sequence[str | None] | None = None, devices: Sequence[str | None] | None = None
@@ -104,10 +113,15 @@ def stage_parts(
 async def running_pipeline(plan: ClusterPlan) -> AsyncIterator[Pipeline]:
     """A connected pipeline; on the way out, no process of ours is left and foreign stages are free again.
 
+    What the first run on a machine has to compile does not count as startup time.
+
     Raises:
         BadInputError: a stage cannot be reached or cannot do what ``plan`` says.
         StageFailedError: a stage died, or is not ready in time.
     """
+    if plan.wants_native_kernels:
+        with contextlib.suppress(BadInputError):  # whether that matters is for the stages to say
+            await asyncio.to_thread(library.prepare)
     pipeline = Pipeline(plan.recovery.attempts)
     assembly = Assembly(plan, pipeline)
     try:

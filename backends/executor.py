@@ -1,6 +1,7 @@
 """The gRPC executor: what the command line asks for, put together from the other modules."""
 
 import asyncio
+import contextlib
 import dataclasses
 import os
 import sys
@@ -13,6 +14,7 @@ from backends.job import Job, check_device, prepare
 from backends.logs import configure_logging, name_node
 from backends.measuring import acceptance_along, event_log, measure
 from backends.models.loading import open_model
+from backends.models.native import library
 from backends.placement import split_layers
 from backends.probing import Prober, Text
 from backends.serve import serve
@@ -89,6 +91,9 @@ class GrpcExecutor:
         """
         check_device("--device", device, "float32")
         name_node("node")
+        if device == "cpu":
+            with contextlib.suppress(BadInputError):  # it may never be asked for kernels
+                library.prepare()
         try:
             serve(listen, device)
         except KeyboardInterrupt:

@@ -1,5 +1,6 @@
 """The native kernels: right, exact however many rows there are, true to a file's own quantization, and optional."""
 
+import asyncio
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from gguf.quants import dequantize
 from test_exact import micro_batches, one_row_at_a_time, text
 from tiny_models import FAMILY_CONFIGS, save_gguf, save_tiny, tiny_source
 
+from backends.cluster import ClusterPlan, running_pipeline, stage_parts
 from backends.models.blocks import LAYOUTS, Blocks, read_blocks, stack
 from backends.models.finding import GEMMA
 from backends.models.loading import ModelSource, open_model
@@ -22,7 +24,7 @@ from backends.models.native.engine import NativeEngine
 from backends.models.native.weights import Arena, PackedMatrix
 from backends.models.stage_model import StageModel
 from backends.models.torch_engine import TorchEngine
-from pipesim.errors import BadInputError
+from pipesim.errors import BadInputError, StageFailedError
 
 needs_kernels = pytest.mark.skipif(
     bool(self_check.kernels_refusal()), reason=f"SKIPPED: {self_check.kernels_refusal()}"
@@ -234,6 +236,23 @@ def test_stages_that_start_together_compile_once_and_damaged_kernels_anew(compil
     kept.write_bytes(b"no library")
     library.load()
     assert len(compiled.read_text()) == 2
+
+
+@needs_kernels
+def test_the_head_compiles_before_its_stages_start_and_takes_none_of_their_time(
+    tiny: ModelSource, compiled: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    async def start(startup_timeout_s: float) -> None:
+        plan = ClusterPlan(str(tiny.path), stage_parts([2, 2]), kernels="native", startup_timeout_s=startup_timeout_s)
+        async with running_pipeline(plan) as pipeline:
+            assert all(stage.arithmetic.startswith("native") for stage in pipeline.stages)
+
+    with pytest.raises(StageFailedError, match="startup_timeout_s"):
+        asyncio.run(start(0.05))  # the compiler takes longer
+    assert len(list((tmp_path / "cache" / "pipesim").glob("*.so"))) == 1
+    asyncio.run(start(60))
+    assert len(compiled.read_text()) == 1
+    assert capfd.readouterr().err.count("compiling the CPU kernels") == 1
 
 
 @needs_kernels

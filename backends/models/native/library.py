@@ -3,6 +3,7 @@
 ctypes lets other Python threads run during a call.
 """
 
+import contextlib
 import ctypes
 import fcntl
 import functools
@@ -12,7 +13,9 @@ import platform
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from pipesim.errors import BadInputError
@@ -103,13 +106,44 @@ _FUNCTIONS: dict[str, tuple[type | None, tuple[type, ...]]] = {
 }
 
 
+def prepare() -> None:
+    """Compiles the kernels if that was not done before: some ten seconds, more on a busy machine, as stderr is told.
+
+    For whoever starts processes that will :func:`load` them, so that none of those is late.
+
+    Raises:
+        BadInputError: as :func:`load`.
+    """
+    compiler, library = _wanted()
+    if not library.exists():
+        with _alone_with(library):
+            if not library.exists():
+                _compile(compiler, library)
+
+
 @functools.cache
 def load() -> ctypes.CDLL:
-    """The compiled kernels; compiling takes some ten seconds, the first time. Who comes meanwhile waits for them.
+    """The compiled kernels. The first of several processes compiles them, if nobody did before; the others wait for it.
 
     Raises:
         BadInputError: there is no compiler here, it cannot compile them, or there is no place to keep them.
     """
+    compiler, library = _wanted()
+    kernels = _kept(library)
+    if kernels is None:
+        with _alone_with(library):
+            kernels = _kept(library)
+            if kernels is None:
+                _compile(compiler, library)
+                kernels = ctypes.CDLL(str(library))
+    for name, (result, arguments) in _FUNCTIONS.items():
+        function = getattr(kernels, name)
+        function.restype, function.argtypes = result, arguments
+    return kernels
+
+
+def _wanted() -> tuple[list[str], Path]:
+    """The compiler, and where what it makes of this source on this machine is kept."""
     compiler = _compiler()
     version = _run([*compiler, "--version"]).stdout
     key = hashlib.blake2b(digest_size=12)
@@ -117,12 +151,7 @@ def load() -> ctypes.CDLL:
     for part in (_SOURCE.read_text(), " ".join(compiler), version, platform.machine(), _cpu_flags(), settings):
         key.update(part.encode() + b"\0")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "pipesim"
-    library = cache / f"kernels-{key.hexdigest()}.so"
-    kernels = _kept(library) or _kept_or_compiled(compiler, library)
-    for name, (result, arguments) in _FUNCTIONS.items():
-        function = getattr(kernels, name)
-        function.restype, function.argtypes = result, arguments
-    return kernels
+    return compiler, cache / f"kernels-{key.hexdigest()}.so"
 
 
 def _kept(library: Path) -> ctypes.CDLL | None:
@@ -133,17 +162,18 @@ def _kept(library: Path) -> ctypes.CDLL | None:
         return None
 
 
-def _kept_or_compiled(compiler: list[str], library: Path) -> ctypes.CDLL:
-    """As the first of several processes compiles it, or has done so by the time that the others may."""
+@contextlib.contextmanager
+def _alone_with(library: Path) -> Iterator[None]:
+    """No other process compiles it meanwhile."""
     try:
         library.parent.mkdir(parents=True, exist_ok=True)
         with library.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            kernels = _kept(library)
-            if kernels is None:
-                _compile(compiler, library)
-                kernels = ctypes.CDLL(str(library))
-            return kernels
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                _say("another process is compiling the CPU kernels, waiting for it ...")
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
     except OSError as error:
         raise BadInputError(f"the kernels cannot be kept in {library.parent}: {error}") from error
 
@@ -165,6 +195,7 @@ def _run(command: list[str]) -> "subprocess.CompletedProcess[str]":
 
 
 def _compile(compiler: list[str], library: Path) -> None:
+    _say(f"compiling the CPU kernels with {compiler[0]}, once for this machine ...")
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         made = Path(folder) / library.name
         for tuned in _TUNED:
@@ -172,8 +203,14 @@ def _compile(compiler: list[str], library: Path) -> None:
             if done.returncode == 0:
                 made.replace(library)  # whole or not at all, if this process is killed
                 return
+            if done.returncode < 0:  # Ctrl-C, or no memory: no other flags would help
+                raise BadInputError(f"{' '.join(compiler)} was killed by signal {-done.returncode}")
     message = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip())
     raise BadInputError(f"{' '.join(compiler)} cannot compile {_SOURCE.name}: {message[:200]}")
+
+
+def _say(what: str) -> None:
+    print(what, file=sys.stderr, flush=True)
 
 
 def _cpu_flags() -> str:
