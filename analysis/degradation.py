@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from io import StringIO
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ from pipesim.executors import RealResult, find_executor
 from pipesim.metrics import Metrics
 from pipesim.scenario import Scenario
 from pipesim.scenario_file import load_scenario
-from pipesim.simulation.pipeline import evaluate
+from pipesim.simulation.pipeline import evaluate, simulate
+from pipesim.summary import summarise
 from pipesim.sweep import flatten
 from pipesim.sweep.journal import Journal
 
@@ -185,21 +187,39 @@ def _make(
 def _row(run: Planned, result: RealResult, log: Path) -> dict[str, Any]:
     pace, replayed = result.summary.pace, replay_log(log)
     assert pace is not None
-    late = max(pace.parts, key=lambda part: part.late_ms[1] if " to " not in part.part else 0.0)
+    told = StringIO()
+    predicted = summarise(simulate(run.scenario, told))
     return {
         **asdict(run.setting),
         "seed": run.seed,
         "settings": run.scenario.policy.model_dump(),
         "tokens": len(result.summary.tokens),
         "measured": _wanted(result.summary.metrics, *METRICS),
-        "predicted": _wanted(evaluate(run.scenario), *METRICS),
+        "predicted": _wanted(predicted.metrics, *METRICS),
         "kept": pace.kept,
         "problems": list(pace.problems),
-        "late_p95_ms": round(late.late_ms[1], 3),
+        "late_p95_ms": round(max(part.late_ms[1] for part in pace.parts if part.counts), 3),
         "replay_identical": replayed.difference is None and replayed.released,
+        "decided_as_predicted": decisions(log.read_text(encoding="utf-8")) == decisions(told.getvalue()),
         "scheduling": scheduling_digest(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def decisions(log: str) -> list[Any]:
+    """What a scheduler did about a generation, in order, whatever its tokens: runs, drafts, cancellations, emissions.
+
+    Left out: that a run is over, and KV operations, with which sequences of runs that are over ride on the next run.
+    Where two events come in another order, these alone may change places.
+    """
+
+    def shape(name: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: shape(key, one) for key, one in value.items() if key != "kv_operations"}
+        return len(value) if name in ("tokens", "path") else value
+
+    commands = (command for line in log.splitlines() for command in json.loads(line).get("commands", ()))
+    return [shape("", command) for command in commands if command["type"] != "EndRun"]
 
 
 def _wanted(metrics: Metrics, *names: str) -> dict[str, float | None]:

@@ -130,6 +130,7 @@ def page(rows: Sequence[Row], wanted: Sequence[Setting], repeats: int, settings:
     kept = sum(map(len, measured.values()))
     lacking = len(wanted) - len(measured)
     again = sum(row["replay_identical"] for row in rows)
+    as_told = sum(row["decided_as_predicted"] for row in rows)
     dates = sorted(row["date"][:16].replace("T", " ") for row in rows) or ["never"]
     what = fill(
         "Eight stages of about 20 ms, a drafter of 4 ms per token, links of 1 Gbit/s and 0.1 ms that get worse "
@@ -141,7 +142,9 @@ def page(rows: Sequence[Row], wanted: Sequence[Setting], repeats: int, settings:
     )
     counts = fill(
         f"**Measured: {len(measured)} of {len(wanted)} settings, {kept} of {len(wanted) * repeats} runs.** "
-        f"{again} of {len(rows)} event logs replayed with identical decisions (I9). {len(missed)} more runs did not "
+        f"{again} of {len(rows)} event logs replayed with identical decisions (I9). In {as_told} of {len(rows)} "
+        "runs the scheduler decided as in the simulation that predicted them: the same runs, drafts and cancellations, "
+        f"in the same order. {len(missed)} more runs did not "
         "keep the emulated cluster's pace in their last attempt: a process was late, or computed too long, on a "
         "machine that others use, too. They are listed below and are in no mean. A run is tried again until its pace "
         "is kept, and never after that. "

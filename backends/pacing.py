@@ -13,9 +13,10 @@ from itertools import count
 
 from backends.control import DraftReply
 from backends.emulation import EmulatedDrafter, EmulatedStage, PacedDrafter, PacedHead, PacedStage
-from backends.frames import Hop, ResultFrame, RunFrame
+from backends.frames import Hop, ResultFrame, RunFrame, StageStamp
 from backends.pipeline import News
 from pipesim.errors import PipesimError
+from pipesim.pace import CALLED_OFF
 from pipesim.trace import PaceSample
 
 LEAD_S = 0.3
@@ -142,6 +143,7 @@ class HeadPace(_Pace):
         self._at_once: deque[News] = deque()
         self._waiting: list[tuple[int, int, News]] = []  # by arrival
         self._numbers = count()
+        self._free: dict[str, int] = {}  # since when a stage or the drafter really is
         links = [link.name for link in model.links()]
         stages = (len(links) - 3) // 2
         self._ways, self._calls = links[: stages + 1], links[stages + 1 : -2]
@@ -165,11 +167,12 @@ class HeadPace(_Pace):
             left = None
             if self._waiting:
                 arrival, _, news = self._waiting[0]
-                drafted = not isinstance(news, PipesimError) and isinstance(news[0], DraftReply)
-                due, now = self.model.due(arrival, drafted), self.now()
+                what = None if isinstance(news, PipesimError) else news[0]
+                due, now = self.model.due(arrival, isinstance(what, DraftReply)), self.now()
                 if due <= now:
                     heapq.heappop(self._waiting)
-                    self._sample("head", arrival, due, now)
+                    called_off = isinstance(what, ResultFrame) and what.predictions is None
+                    self._sample(f"head{CALLED_OFF if called_off else ''}", arrival, due, now)
                     self.model.now = due
                     return news
                 left = 1e-9 * (due - now)
@@ -184,28 +187,33 @@ class HeadPace(_Pace):
         now, drafted = self.now(), isinstance(what, DraftReply)
         home = what.hops[-1]
         if drafted and len(what.hops) == 1:  # an abandoned draft: the model sends no word of it
-            self._note_draft(what.hops[0])
+            self._note_draft(what.hops[0], CALLED_OFF)
             self._at_once.append(news)
             return
         arrival = self.model.arrival("drafter" if drafted else "pipeline", home)
         self._sample(self._draft_ways[1] if drafted else self._ways[-1], home.start, arrival, now)
-        if drafted:
+        if isinstance(what, DraftReply):
             self._note_draft(what.hops[0])
         else:
-            self._note_stages(what.hops[:-1])
+            self._note_stages(what.hops[:-1], what.stamps)
         heapq.heappush(self._waiting, (arrival, next(self._numbers), news))
 
-    def _note_draft(self, hop: Hop) -> None:
+    def _note_draft(self, hop: Hop, fate: str = "") -> None:
         self._sample(self._draft_ways[0], hop.start, hop.arrival, hop.received)
         if hop.begin >= 0:
-            self._sample("drafter", hop.begin, hop.end, hop.left, hop.computed > hop.end)
+            self._work("drafter", fate, hop)
 
-    def _note_stages(self, hops: Sequence[Hop]) -> None:
-        for stage, hop in enumerate(hops):
+    def _note_stages(self, hops: Sequence[Hop], stamps: Sequence[StageStamp]) -> None:
+        for stage, (hop, stamp) in enumerate(zip(hops, stamps, strict=True)):
             self._sample(self._ways[stage], hop.start, hop.arrival, hop.received)
-            self._sample(f"stage {stage}", hop.begin, hop.end, hop.left, hop.begin < hop.end < hop.computed)
+            self._work(f"stage {stage}", CALLED_OFF if stamp.void else "", hop)
             for late in hop.late_calls:
                 self._sample(self._calls[stage], 0, 0, late)
+
+    def _work(self, part: str, fate: str, hop: Hop) -> None:
+        really = hop.computed - max(hop.received, self._free.get(part, 0))
+        self._free[part] = hop.left
+        self._sample(part + fate, hop.begin, hop.end, hop.left, really > hop.end - hop.begin > 0)
 
     def _sample(self, part: str, since: int, due: int, done: int, overrun: bool = False) -> None:
         self.samples.append(PaceSample(part, 1e-9 * since, 1e-9 * due, 1e-9 * done, overrun))

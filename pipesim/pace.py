@@ -16,6 +16,8 @@ MOST_OVERRUNS = 0.01
 """Share of a stage's or the drafter's work that may really take longer than it should."""
 MOST_LATE_S = 0.002
 """95 % of what stages, drafter and head do must be done no later than that after it was due."""
+CALLED_OFF = ", called off"
+"""After a part's name: what it did with runs and drafts that nobody waited for any more."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -36,6 +38,11 @@ class PartPace:
     achieved_ms: float | None
     late_ms: tuple[float, float, float]
     overruns: float
+
+    @property
+    def counts(self) -> bool:
+        """Whether its pace is that of the emulation: not that of a link, nor of what was called off."""
+        return " to " not in self.part and not self.part.endswith(CALLED_OFF)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -59,7 +66,9 @@ class Pace:
 def judge(samples: Sequence[PaceSample]) -> Pace | None:
     """The pace of one or several runs; None where nothing was emulated.
 
-    Links may be late within reason: what they bring late is computed in time or not, and that is what counts.
+    Links may be late within reason: what they bring late is computed in time or not, and that is what counts. The same
+    goes for what was called off: in the model it takes no time, and real processes pass it on in a millisecond each; it
+    matters by what it makes late.
     """
     if not samples:
         return None
@@ -83,7 +92,7 @@ def _part(name: str, samples: Sequence[PaceSample]) -> PartPace:
 
 
 def _problems(part: PartPace) -> list[str]:
-    if " to " in part.part:
+    if not part.counts:
         return []
     problems = []
     if part.overruns > MOST_OVERRUNS:

@@ -1,5 +1,6 @@
 """The degradation study: what is measured, what is kept, and what the page makes of it."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 from laboratories import in_process, search_little
 
 from analysis import degradation
-from analysis.degradation import Planned, coarse, measure, missing, scenario_of, tuned
+from analysis.degradation import Planned, coarse, decisions, measure, missing, scenario_of, tuned
 from analysis.degradation_page import BASE, Setting, by_setting, error, figure, gains, page
 from pipesim.errors import InvariantError
 from pipesim.executors import RealResult, find_executor
@@ -33,6 +34,7 @@ def row(policy: str, measured: float, predicted: float, rate: float = 0.8, **cha
         "kept": True,
         "problems": [],
         "replay_identical": True,
+        "decided_as_predicted": True,
         "date": "2026-11-23T05:30:00+00:00",
         **changes,
     }
@@ -101,6 +103,21 @@ def test_a_run_is_kept_with_its_prediction_its_pace_and_its_replay(tmp_path: Pat
     for one in rows:
         assert one["measured"] == one["predicted"]
         assert (one["attempt"], one["kept"], one["replay_identical"], one["tokens"]) == (2, True, True, 6)
+        assert one["decided_as_predicted"]
+
+
+def test_decisions_are_compared_without_tokens_and_housekeeping() -> None:
+    def log(*commands: dict[str, Any]) -> str:
+        return json.dumps({"format": "pipesim-events"}) + "\n" + json.dumps({"commands": commands})
+
+    def submitted(position: int, token: int, operations: int) -> dict[str, Any]:
+        run = {"tokens": [token], "positions": [position], "kv_operations": [{}] * operations}
+        return {"type": "SubmitRun", "run": run}
+
+    one, over = log(submitted(5, 7, 1)), {"type": "EndRun", "run_id": 1}
+    assert decisions(one) == decisions(log(over, submitted(5, 8, 0)))
+    assert decisions(one) != decisions(log(submitted(6, 7, 1)))
+    assert decisions(one) != decisions(log(submitted(5, 7, 1), {"type": "CancelRuns", "run_ids": [1]}))
 
 
 def test_no_run_begins_that_does_not_fit_into_the_time() -> None:
@@ -162,4 +179,5 @@ def test_a_real_run_of_the_study(tmp_path: Path) -> None:
     assert len(journal.finished) == 3
     for one in journal.finished.values():
         assert one["replay_identical"]
+        assert one["decided_as_predicted"]
         assert one["measured"]["ttft_s"] >= one["predicted"]["ttft_s"] - 1e-6, "nothing is early"
