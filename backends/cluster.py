@@ -237,13 +237,16 @@ class Assembly:
             lost.process.kill()
             (process,) = await self._spawn(1)
             await self._configure(index, process)
-        elif not await self._call(index, lost.address, _RETURN_S if self._spares else self._plan.recovery.timeout_s):
-            spare = self._spares.pop(0) if self._spares else None
-            self._spares.append(lost.address)
-            if spare is None or not await self._call(index, spare, _RETURN_S):
-                raise StageFailedError(f"{lost.name} is lost, and no spare can take its place")
+            return
+        returns_within_s = _RETURN_S if self._spares else self._plan.recovery.timeout_s
+        if await self._wait_for(index, lost.address, returns_within_s):
+            return
+        spare = self._spares.pop(0) if self._spares else None
+        self._spares.append(lost.address)
+        if spare is None or not await self._wait_for(index, spare, _RETURN_S):
+            raise StageFailedError(f"{lost.name} is lost, and no spare can take its place")
 
-    async def _call(self, index: int, address: str, within_s: float) -> bool:
+    async def _wait_for(self, index: int, address: str, within_s: float) -> bool:
         """Whether a server at ``address`` became the stage: it may have to notice first that it is free."""
         until = time.monotonic() + within_s
         while time.monotonic() < until:

@@ -99,7 +99,6 @@ class Head:
             pipeline.forget(self._session)
 
     async def _run(self, started: GenerationStarted) -> None:
-        scheduler = self._observer.scheduler
         submitted = time.monotonic() + (LEAD_S if self._emulated else 0.0)
         if self._emulated:
             self._pace = HeadPace(self._emulated, self._pipeline.inbox(self._session), submitted)
@@ -111,15 +110,14 @@ class Head:
         self._carry_out(commands)
         while not self._released:
             happened = self._due.popleft() if self._due else await self._next_event()
-            if happened is not None:
-                begun = time.monotonic()
-                self._carry_out(self._observer.handle(happened, begun))
-                if self._handling is not None:
-                    self._handling.append(HeadSample(isinstance(happened, DraftReturned), time.monotonic() - begun))
+            if happened is None:
+                continue
+            begun = time.monotonic()
+            self._carry_out(self._observer.handle(happened, begun))
+            if self._handling is not None:
+                self._handling.append(HeadSample(isinstance(happened, DraftReturned), time.monotonic() - begun))
             if isinstance(happened, StageLost):
-                self._released = scheduler.released  # stages that are reset forget the session by themselves
-                if not self._released:
-                    await self._recover()
+                await self._recover()
         if self._pace:
             self._observer.paced(self._pace.samples)
         if self._drafts:
@@ -203,17 +201,19 @@ class Head:
     # -- losses --------------------------------------------------------------------------------------------------------
 
     def _note_loss(self, error: PipesimError) -> Event | None:
-        """What the loss that the pipeline tells of means, if it is not known and repaired already."""
+        """What an error in the inbox means: a stage is lost, or the drafter, or it is an old story."""
         pipeline = self._pipeline
-        if pipeline.failure or self._session.token != pipeline.token:
+        restored_without_us = self._session.token != pipeline.token
+        if pipeline.failure or restored_without_us:
             return StageLost(pipeline.broken_at, str(pipeline.failure or error))
-        if not pipeline.drafter or error is not pipeline.drafter.failure:
-            return None
-        self._lose_drafter(error)
-        waiting = self._observer.scheduler.generation.draft_id
-        return None if waiting is None else DraftReturned(waiting, _NO_DRAFT)
+        if pipeline.drafter and error is pipeline.drafter.failure:
+            self._lose_drafter(error)
+            waiting = self._observer.scheduler.generation.draft_id
+            return None if waiting is None else DraftReturned(waiting, _NO_DRAFT)
+        return None
 
     def _lose_drafter(self, error: PipesimError) -> None:
+        """Has it replaced, unless that was tried too often since the last draft. Raises ``error`` without recovery."""
         if not self._pipeline.attempts:
             raise error
         if self._drafter_attempts < self._pipeline.attempts:
@@ -224,9 +224,12 @@ class Head:
             self._log(logging.WARNING, f"{error}; no more drafts: the text goes on without speculation")
 
     async def _recover(self) -> None:
-        """Goes on with the same text on a pipeline that forgot everything."""
+        """Goes on with the same text, if it is not complete, on a pipeline that forgot everything."""
         pipeline, scheduler = self._pipeline, self._observer.scheduler
-        if pipeline.failure:  # otherwise somebody else was faster
+        if scheduler.released:  # no frame will tell us: stages that are reset forget the session by themselves
+            self._released = True
+            return
+        if pipeline.failure:  # otherwise another session's head was faster
             await self._restore(pipeline.failure)
         self._session = pipeline.renewed(self._session, scheduler.generation.epoch + 1)
         self._open()

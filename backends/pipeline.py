@@ -69,16 +69,16 @@ class Pipeline:
         self.attempts = attempts
         self.mender: Mender | None = None
         self._down_until = float("-inf")
-        self._sessions = 0
-        self._inboxes: dict[int, asyncio.Queue[News]] = {}
+        self._sessions = 0  # so many there were
+        self._inboxes: dict[int, asyncio.Queue[News]] = {}  # by session
         self._restoring = asyncio.Lock()
-        self._linked = True
+        self._linked = True  # or meant to be: between unlink and connect, nobody wonders about lost links
         self._frames = Outbox[bytes]("the first stage")
         self._orders = Outbox[bytes]("the drafter")
-        self._links: list[asyncio.Task[None]] = []
-        self._drafts: list[asyncio.Task[None]] = []
-        self._mending: asyncio.Task[None] | None = None
-        self._grace: list[asyncio.TimerHandle] = []
+        self._links: list[asyncio.Task[None]] = []  # streams to and from the stages
+        self._drafts: list[asyncio.Task[None]] = []  # and the drafter
+        self._mending: asyncio.Task[None] | None = None  # of the drafter
+        self._grace: list[asyncio.TimerHandle] = []  # of broken links
 
     @property
     def nodes(self) -> list[Node]:
@@ -163,7 +163,7 @@ class Pipeline:
     def node_failed(self, node: Node, error: PipesimError) -> None:
         """The first failure of a stage breaks the pipeline; the others come to light when it is repaired."""
         if node is self.drafter:
-            if self._mending is None or self._mending.done():
+            if self._mending is None or self._mending.done():  # else whoever replaces it hears of it
                 self._tell_all(error)
         else:
             self._break(node, error)
@@ -171,21 +171,23 @@ class Pipeline:
     def link_lost(self, node: Node, neighbour: int, reason: str) -> None:
         """A stream between nodes broke. Unless a node turns out to be dead, the link itself is to blame."""
         if node in self.stages and not self._linked:
-            return
+            return  # we take the links down ourselves
         other = self.stages[neighbour].name if 0 <= neighbour < len(self.stages) else "the head"
         what = f"lost its link with {other} ({reason})"
         self._grace.append(asyncio.get_running_loop().call_later(_LINK_GRACE_S, self._give_link_up, node, what))
 
     def _give_link_up(self, node: Node, what: str) -> None:
+        """No node was found dead: the drafter is as good as lost with its stream, stages can be linked anew."""
         if node not in self.stages or not self.attempts:
             node.fail(what)
             return
         error = node.as_error(what)
-        for waiting in self.stages:
+        for waiting in self.stages:  # on answers about links that will never be
             waiting.interrupt(error)
         self._break(node, error)
 
     def _break(self, node: Node, error: PipesimError) -> None:
+        """Nothing is carried any more, as every session hears, until somebody restores the pipeline."""
         if self.failure is None:
             self.failure = error
             self.broken_at = self.stages.index(node) if node in self.stages else 0
