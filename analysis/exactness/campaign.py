@@ -7,8 +7,7 @@ import json
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
@@ -21,12 +20,14 @@ from analysis.exactness.combinations import (
     LETTERS,
     LONGEST_PROMPT,
     LONGEST_TEXT,
+    PER_PIPELINE,
     TINY_LAYERS,
     Combination,
     Setup,
     draw_combination,
     draw_setup,
 )
+from analysis.exactness.mutations import defect
 from backends.cluster import ClusterPlan, DrafterPart, running_pipeline, stage_parts
 from backends.control import Planted
 from backends.head import Head
@@ -38,6 +39,7 @@ from backends.pipeline import Pipeline
 from backends.reference import generate_in_one_process
 from backends.text_stream import TextStream
 from backends.tokenizer import open_tokenizer
+from pipesim.errors import InvariantError
 from pipesim.event_log import replay_log
 from pipesim.recorder import Recorder
 from pipesim.scenario import IidAcceptance
@@ -46,6 +48,7 @@ from pipesim.scheduling.events import Event, GenerationStarted, StageLost
 from pipesim.scheduling.policy import make_policy
 from pipesim.scheduling.runs import Run
 from pipesim.scheduling.scheduler import Scheduler
+from pipesim.sweep.engines import Done, attempt, run_local
 from pipesim.sweep.journal import Journal
 from pipesim.trace import Trace
 
@@ -56,9 +59,6 @@ SHARPNESS = 3.0
 _TIMEOUT_S = 60.0  # a generation that hangs is a failure, not a reason to wait
 Outcome = dict[str, Any]
 """What became of one combination: ``verdict`` (equal, or what was wrong) and figures of its trace."""
-
-Done = Callable[[Combination, Outcome], None]
-"""Hears an outcome as soon as it is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,8 +163,11 @@ async def generate(pipeline: Pipeline, rig: Rig, combination: Combination, expec
         acceptance = IidAcceptance(kind="iid", rate=combination.acceptance)
         planted = Planted((*expected.prompt, *expected.all_tokens), acceptance.model_dump())
     started = GenerationStarted(expected.prompt, combination.new_tokens, combination.stop_tokens)
-    async with asyncio.timeout(_TIMEOUT_S):
-        await Head(pipeline, recorder, on_tokens).generate(started, combination.sampling, planted)
+    try:
+        async with asyncio.timeout(_TIMEOUT_S):
+            await Head(pipeline, recorder, on_tokens).generate(started, combination.sampling, planted)
+    except TimeoutError:
+        raise InvariantError(f"no end within {_TIMEOUT_S:g} s") from None
     trace = recorder.trace()
     text = "".join(pieces) + stream.finish()
     verdict = judge(trace, text, expected, log.getvalue())
@@ -208,55 +211,75 @@ def figures(trace: Trace, log: str, met_stop_string: bool) -> Outcome:
     }
 
 
-def run_campaign(numbers: Iterable[int], journal: Journal, progress: Callable[[str], None]) -> list[Outcome]:
-    """The outcomes of all combinations in ``numbers``; what ``journal`` has is not run again."""
+def run_campaign(
+    numbers: Iterable[int],
+    journal: Journal,
+    progress: Callable[[str], None],
+    jobs: int = 1,
+    with_defect: str | None = None,
+) -> list[Outcome]:
+    """The outcomes of all combinations in ``numbers``; what ``journal`` has is not run again.
+
+    ``jobs``: so many pipelines at a time, each driven by a process of its own, beyond one.
+    """
     combinations = [draw_combination(number) for number in sorted(set(numbers))]
-    keys = {combination.number: journal_key(combination) for combination in combinations}
-    left = [combination for combination in combinations if keys[combination.number] not in journal.finished]
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        for pipeline, members in groupby(left, key=lambda combination: combination.pipeline):
-            began, verdicts = time.monotonic(), list[str]()
-
-            def done(combination: Combination, outcome: Outcome, verdicts: list[str] = verdicts) -> None:
-                journal.add(keys[combination.number], outcome)
-                verdicts.append(outcome["verdict"])
-
-            run_on_one_pipeline(draw_setup(pipeline), list(members), folder, done)
-            bad = len(verdicts) - verdicts.count(EQUAL)
-            progress(f"{_describe(draw_setup(pipeline))}: {bad} bad, {time.monotonic() - began:.0f} s")
+    keys = {one.number: journal_key(one, with_defect) for one in combinations}
+    left = [one for one in combinations if keys[one.number] not in journal.finished]
+    batches = [
+        (with_defect, tuple(one.number for one in members)) for _, members in groupby(left, lambda one: one.pipeline)
+    ]
+    began = time.monotonic()
+    for index, outcomes, error in _here(batches) if jobs == 1 else run_local(run_batch, batches, jobs):
+        of = batches[index][1]
+        for number, outcome in zip(
+            of, outcomes or [{"verdict": f"the campaign broke: {error}"}] * len(of), strict=True
+        ):
+            journal.add(keys[number], outcome)
+        bad = [number for number in of if journal.finished[keys[number]]["verdict"] != EQUAL]
+        setup = _describe(draw_setup(of[0] // PER_PIPELINE))
+        progress(f"{time.monotonic() - began:.0f} s: {setup}: {len(bad)} bad{' '.join(['', *map(str, bad)])}")
     return [{"number": number, **journal.finished[key]} for number, key in keys.items()]
 
 
-def run_on_one_pipeline(setup: Setup, combinations: Sequence[Combination], folder: Path, done: Done) -> None:
-    """Tells ``done`` each outcome at once; a combination that breaks the pipeline has its own, the others a new one."""
+Batch = tuple[str | None, tuple[int, ...]]
+"""A defect, if any, and combinations that share a pipeline."""
+
+
+def _here(batches: Sequence[Batch]) -> Iterator[Done]:
+    return (attempt(run_batch, index, batch) for index, batch in enumerate(batches))
+
+
+def run_batch(batch: Batch) -> list[Outcome]:
+    """The outcomes; a combination that breaks the pipeline has its own, those after it a new one."""
     torch.set_num_threads(1)
-    rig, left = Rig(setup, folder), list(combinations)
-    while left:
-        left = left[asyncio.run(_until_it_breaks(rig, left, done)) :]
+    name, numbers = batch
+    combinations, outcomes = [draw_combination(number) for number in numbers], list[Outcome]()
+    with tempfile.TemporaryDirectory() as folder, defect(name):
+        rig = Rig(draw_setup(combinations[0].pipeline), Path(folder))
+        while left := combinations[len(outcomes) :]:
+            asyncio.run(_until_it_breaks(rig, left, outcomes))
+    return outcomes
 
 
-async def _until_it_breaks(rig: Rig, work: Sequence[Combination], done: Done) -> int:
-    """How many it ran."""
-    ran = 0
+async def _until_it_breaks(rig: Rig, work: Sequence[Combination], outcomes: list[Outcome]) -> None:
+    """Adds the outcome of one combination of ``work`` or more."""
+    wanted = len(outcomes) + len(work)
     try:
         async with running_pipeline(rig.plan()) as pipeline:
             for combination in work:
                 expected, began = rig.expected(combination), time.monotonic()
                 outcome = await generate(pipeline, rig, combination, expected)
-                done(combination, {**outcome, "seconds": round(time.monotonic() - began, 3)})
-                ran += 1
+                outcomes.append({**outcome, "seconds": round(time.monotonic() - began, 3)})
     except Exception as error:
-        if ran < len(work):
-            done(work[ran], {"verdict": f"{type(error).__name__}: {error}"})
-            ran += 1
-    return ran
+        if len(outcomes) < wanted:
+            outcomes.append({"verdict": f"{type(error).__name__}: {error}"})
 
 
-def journal_key(combination: Combination) -> str:
+def journal_key(combination: Combination, with_defect: str | None = None) -> str:
     """Names a combination with all that it consists of: what is drawn otherwise is run anew."""
     drawn = f"{asdict(draw_setup(combination.pipeline))} {asdict(combination)}"
-    return f"{combination.number} {hashlib.sha256(drawn.encode()).hexdigest()[:16]}"
+    key = f"{combination.number} {hashlib.sha256(drawn.encode()).hexdigest()[:16]}"
+    return f"{key} {with_defect}" if with_defect else key
 
 
 def _describe(setup: Setup) -> str:

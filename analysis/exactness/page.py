@@ -49,6 +49,7 @@ def page(outcomes: Sequence[Outcome], defective: Mapping[str, Sequence[Outcome]]
         "The same with a defect put in on purpose, in the stages' processes or in the head, on "
         f"{len(next(iter(defective.values())))} combinations. Plain decoding stays as it is.",
         _defects(defective),
+        *_gaps(defective),
         "Bits of logits, not only texts, are compared in `tests/backends/test_exact.py`.",
         "Made by `python -m analysis.exactness -o docs/exactness.md`.",
     ]
@@ -106,6 +107,11 @@ def _defects(defective: Mapping[str, Sequence[Outcome]]) -> str:
     rows = []
     for name, outcomes in defective.items():
         found = [outcome["verdict"] for outcome in outcomes if outcome["verdict"] != EQUAL]
-        texts = sum("text" in verdict for verdict in found)
-        rows.append([f"{name}: {DEFECTS[name]}", len(found), texts, len(found) - texts])
-    return markdown_table(["defect", "found in", "another text", "stopped by a check"], rows)
+        texts, endless = (sum(words in verdict for verdict in found) for words in ("text", "no end"))
+        rows.append([f"{name}: {DEFECTS[name]}", len(found), texts, len(found) - texts - endless, endless])
+    return markdown_table(["defect", "found in", "another text", "stopped by a check", "no end"], rows)
+
+
+def _gaps(defective: Mapping[str, Sequence[Outcome]]) -> list[str]:
+    missed = [name for name, outcomes in defective.items() if all(one["verdict"] == EQUAL for one in outcomes)]
+    return [f"Not found, which is a gap of the campaign: {', '.join(missed)}."] if missed else []
