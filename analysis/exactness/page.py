@@ -107,7 +107,7 @@ def _defects(defective: Mapping[str, Sequence[Outcome]]) -> str:
     rows = []
     for name, outcomes in defective.items():
         found = [outcome["verdict"] for outcome in outcomes if outcome["verdict"] != EQUAL]
-        texts, endless = (sum(words in verdict for verdict in found) for words in ("text", "no end"))
+        texts, endless = (sum(words in verdict for verdict in found) for words in ("another", "no end"))
         rows.append([f"{name}: {DEFECTS[name]}", len(found), texts, len(found) - texts - endless, endless])
     return markdown_table(["defect", "found in", "another text", "stopped by a check", "no end"], rows)
 
