@@ -163,7 +163,7 @@ def take_turns(forwards: Mapping[str, Forward], rows: Sequence[int], rounds: int
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Medians in ms of one dtype by ``(name, rows)``; ``arithmetic`` of both engines, the native one's first."""
+    """Medians in ms of one dtype by ``(name, rows)``; ``arithmetic`` of all engines, the native one's first."""
 
     dtype: str
     arithmetic: tuple[str, ...]
@@ -174,18 +174,24 @@ class Measured:
         return self.ms[name, rows] / self.ms[other, rows]
 
 
-EXACT, PRODUCTS, TORCH, FASTEST, EAGER, FLOOR = (
+EXACT, PRODUCTS, TORCH, COMPILED, FASTEST, EAGER, FLOOR = (
     "ours, native kernels",
     "its matrix products alone",
     "ours, PyTorch's operations",
+    "ours, torch.compile",
     "the same without exactness",
     "transformers, eager",
     "reading the weights",
 )
 
 
-def measure(source: ModelSource, dtype: str, rows: Sequence[int] = ROWS, rounds: int = 9) -> Measured:
-    """All contestants in turns, on one thread. Quantized weights are nobody's but the native kernels'."""
+def measure(
+    source: ModelSource, dtype: str, rows: Sequence[int] = ROWS, rounds: int = 9, compiles: bool = False
+) -> Measured:
+    """All contestants in turns, on one thread. Quantized weights are nobody's but the native kernels'.
+
+    ``compiles``: torch.compile is one of them, which takes a minute or more before.
+    """
     torch.set_num_threads(1)
     native, forward = ours(source, dtype, "native")
     assert isinstance(native.engine, NativeEngine)
@@ -194,6 +200,9 @@ def measure(source: ModelSource, dtype: str, rows: Sequence[int] = ROWS, rounds:
     if dtype != QUANTIZED:
         model, forwards[TORCH] = ours(source, dtype, "torch")
         arithmetic.append(model.arithmetic)
+        if compiles:
+            compiled, forwards[COMPILED] = ours(source, dtype, "compile")
+            arithmetic.append(compiled.arithmetic)
 
         def fastest(count: int) -> object:
             with without_exactness(model):
@@ -236,6 +245,7 @@ def page(found: Sequence[Measured]) -> str:
                         (PRODUCTS, FLOOR),
                         (EXACT, FASTEST),
                         (TORCH, EXACT),
+                        (TORCH, COMPILED),
                     )
                     if top in names and bottom in names
                 ],
@@ -298,7 +308,9 @@ def main() -> None:
     options = parser.parse_args()
     check_outputs(options.output)
     source = open_model(DEFAULT_MODEL)
-    options.output.write_text(page([measure(source, dtype, rounds=options.rounds) for dtype in MEASURED]))
+    options.output.write_text(
+        page([measure(source, dtype, rounds=options.rounds, compiles=True) for dtype in MEASURED])
+    )
     diagnostic(f"wrote {options.output}")
 
 

@@ -67,7 +67,7 @@ class Job:
             compression=execution.activation_compression,
             threads=execution.threads_per_stage,
             emulated=emulated,
-            startup_timeout_s=execution.startup_timeout_s,
+            startup_timeout_s=execution.startup_limit_s,
             recovery=Recovery(execution.recovery.attempts, execution.recovery.timeout_s),
             spares=execution.spares,
         )

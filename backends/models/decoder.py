@@ -8,7 +8,7 @@ import torch
 from backends.models.attention import AttentionTile, attend, flat_rows, plan_tiles
 from backends.models.config import LayerKind, ModelConfig
 from backends.models.devices import CPU
-from backends.models.exact import BLOCK, Tiling, tiled_linear
+from backends.models.exact import BLOCK, Tiling, float_product, joined
 from backends.models.loading import ModelSource
 from backends.models.products import Kernel, Matrix, lay_out
 from backends.models.rowwise import gated, rms_norm
@@ -115,6 +115,53 @@ def plan_run(run: Run, cells: Sequence[int], table: CellTable, cache: KvCache, t
     )
 
 
+def project(
+    rows: torch.Tensor, layer: LayerWeights[Matrix], config: ModelConfig, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A tile's ``rows`` ``[rows, hidden]``, whose rotations are ``cos`` and ``sin``, on their way into attention.
+
+    Their queries ``[rows, kv_heads, group, head_dim]``, scaled, and keys and values ``[rows, kv_heads, head_dim]``.
+    """
+    count, heads, kv_heads, half = len(rows), config.heads, config.kv_heads, config.head_dim // 2
+    qkv = float_product(rms_norm(rows, layer.attention_norm, config.norm_eps), layer.qkv)
+    if layer.qkv_bias is not None:  # not within the product: its kernels round differently by their rows
+        qkv = qkv + layer.qkv_bias
+    qkv = qkv.view(count, -1, config.head_dim)
+    qk, values = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
+    if layer.qk_norm is not None:
+        qk = rms_norm(qk, layer.qk_norm, config.norm_eps)
+    swapped = torch.cat((qk[..., half:], qk[..., :half]), -1)
+    qk = qk * cos + swapped * sin
+    queries = (qk[:, :heads] * config.query_scale).view(count, kv_heads, config.group, config.head_dim)
+    return queries, qk[:, heads:], values
+
+
+def conclude(
+    rows: torch.Tensor, attended: torch.Tensor, layer: LayerWeights[Matrix], config: ModelConfig
+) -> torch.Tensor:
+    """What becomes of a tile's ``rows`` after they ``attended`` ``[rows, heads * head_dim]``: ``[rows, hidden]``."""
+    eps = config.norm_eps
+    change = float_product(attended, layer.output)
+    if layer.post_attention_norm is not None:
+        change = rms_norm(change, layer.post_attention_norm, eps)
+    rows = rows + change
+    gate_up = float_product(rms_norm(rows, layer.mlp_norm, eps), layer.gate_up)
+    change = float_product(gated(gate_up, config.family.activation), layer.down)
+    if layer.post_mlp_norm is not None:
+        change = rms_norm(change, layer.post_mlp_norm, eps)
+    return rows + change
+
+
+Project = Callable[
+    [torch.Tensor, LayerWeights[Matrix], ModelConfig, torch.Tensor, torch.Tensor],
+    tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+]
+"""What :func:`project` is, or does as it does."""
+
+Conclude = Callable[[torch.Tensor, torch.Tensor, LayerWeights[Matrix], ModelConfig], torch.Tensor]
+"""What :func:`conclude` is, or does as it does."""
+
+
 def forward_layer(
     hidden: torch.Tensor,
     layer: LayerWeights[Matrix],
@@ -122,22 +169,21 @@ def forward_layer(
     plan: RunPlan,
     keys: torch.Tensor,
     values: torch.Tensor,
+    before: Project = project,
+    after: Conclude = conclude,
 ) -> torch.Tensor:
-    """``hidden`` ``[padded, hidden]`` through one layer, whose cache is ``keys`` and ``values``.
+    """``hidden`` ``[padded, hidden]`` through one layer, tile by tile; its cache is ``keys`` and ``values``.
 
-    With bfloat16 matrices the result is rounded to it: a stage may end here, and what travels on is bfloat16.
+    With bfloat16 matrices the result is rounded to it: a stage may end here, and what travels on is bfloat16. That is
+    done here because torch.compile leaves such a rounding out if it sees the way back to float32 with it.
     """
-    eps, bounds = config.norm_eps, plan.bounds
-    attended = _attention(rms_norm(hidden, layer.attention_norm, eps), layer, config, plan, keys, values)
-    change = tiled_linear(attended, layer.output, bounds)
-    if layer.post_attention_norm is not None:
-        change = rms_norm(change, layer.post_attention_norm, eps)
-    hidden = hidden + change
-    gate_up = tiled_linear(rms_norm(hidden, layer.mlp_norm, eps), layer.gate_up, bounds)
-    change = tiled_linear(gated(gate_up, config.family.activation), layer.down, bounds)
-    if layer.post_mlp_norm is not None:
-        change = rms_norm(change, layer.post_mlp_norm, eps)
-    hidden = hidden + change
+    look, tiles = plan.looks[layer.kind], [slice(*bound) for bound in plan.bounds]
+    projected = [before(hidden[rows], layer, config, look.cos[rows], look.sin[rows]) for rows in tiles]
+    queries, *fresh = zip(*projected, strict=True)
+    for cache, parts in zip((keys, values), fresh, strict=True):  # tiles may see one another
+        cache.view(-1, config.head_dim).index_copy_(0, plan.cells, joined(parts)[: plan.rows].flatten(0, 1))
+    attended = [attend(query, keys, values, tile) for query, tile in zip(queries, look.tiles, strict=True)]
+    hidden = joined([after(hidden[rows], seen, layer, config) for rows, seen in zip(tiles, attended, strict=True)])
     return hidden.bfloat16().float() if layer.down.dtype == torch.bfloat16 else hidden
 
 
@@ -162,30 +208,3 @@ def run_layers(
             return None
         hidden = layer_forward(hidden, layer, config, plan, keys, values)
     return hidden
-
-
-def _attention(
-    normed: torch.Tensor,
-    layer: LayerWeights[Matrix],
-    config: ModelConfig,
-    plan: RunPlan,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-) -> torch.Tensor:
-    """Writes the rows' keys and values into their cells, then attends; returns ``[padded, heads * head_dim]``."""
-    heads, kv_heads, half, look = config.heads, config.kv_heads, config.head_dim // 2, plan.looks[layer.kind]
-    qkv = tiled_linear(normed, layer.qkv, plan.bounds)
-    if layer.qkv_bias is not None:  # not within the product: its kernels round differently by their rows
-        qkv = qkv + layer.qkv_bias
-    qkv = qkv.view(plan.padded, -1, config.head_dim)
-    qk, value = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
-    if layer.qk_norm is not None:
-        qk = rms_norm(qk, layer.qk_norm, config.norm_eps)
-    swapped = torch.cat((qk[..., half:], qk[..., :half]), -1)
-    qk = qk * look.cos + swapped * look.sin
-    keys.view(-1, config.head_dim).index_copy_(0, plan.cells, qk[: plan.rows, heads:].flatten(0, 1))
-    values.view(-1, config.head_dim).index_copy_(0, plan.cells, value[: plan.rows].flatten(0, 1))
-    queries = (qk[:, :heads] * config.query_scale).view(plan.padded, kv_heads, config.group, config.head_dim)
-    tiles = zip(plan.bounds, look.tiles, strict=True)
-    outputs = [attend(queries[start:stop], keys, values, tile) for (start, stop), tile in tiles]
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

@@ -15,7 +15,7 @@ from backends.models.torch_engine import TorchEngine
 from pipesim.errors import BadInputError
 
 _log = logging.getLogger(__name__)
-KERNELS = ("auto", "native", "torch")
+KERNELS = ("auto", "native", "torch", "compile")
 """``execution.kernels``."""
 
 
@@ -29,9 +29,9 @@ def make_engine(
     """
     if kernels not in KERNELS:
         raise BadInputError(f"kernels {kernels!r} is none of {', '.join(KERNELS)}")
-    if isinstance(dtype, str) and kernels == "torch":
+    if isinstance(dtype, str) and kernels in ("torch", "compile"):
         raise BadInputError(f"execution.dtype {dtype} needs native kernels: leave execution.kernels at auto")
-    refusal = "they were declined" if kernels == "torch" else _refusal(dtype, device)
+    refusal = "they were declined" if kernels in ("torch", "compile") else _refusal(dtype, device)
     if not refusal:
         return NativeEngine(source, part, dtype, threads)
     if kernels == "native" or isinstance(dtype, str):
@@ -39,7 +39,7 @@ def make_engine(
         raise BadInputError(f"{what} cannot be had here: {refusal}")
     if kernels == "auto" and refusal == kernels_refusal():
         _say_once(refusal)
-    return TorchEngine(source, part, dtype, device)
+    return TorchEngine(source, part, dtype, device, compiles=kernels == "compile")
 
 
 def _refusal(dtype: torch.dtype | str, device: Device) -> str:

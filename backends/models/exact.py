@@ -7,7 +7,7 @@ row differs on both; prepacked, 2 to 16 agree. So kernel and sizes are found by 
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,12 +64,14 @@ def pad_rows(rows: torch.Tensor, padded: int) -> torch.Tensor:
     return rows if padded == rows.shape[0] else F.pad(rows, (0, 0, 0, padded - rows.shape[0]))
 
 
-def tiled_linear(rows: torch.Tensor, matrix: Matrix, bounds: tuple[tuple[int, int], ...]) -> torch.Tensor:
-    """``rows`` times ``matrix``, one product per tile, float32 out whatever the matrix's type."""
-    rows = rows.to(matrix.dtype)
-    if len(bounds) == 1:
-        return matrix.product(rows).float()
-    return torch.cat([matrix.product(rows[start:stop]) for start, stop in bounds]).float()
+def float_product(tile: torch.Tensor, matrix: Matrix) -> torch.Tensor:
+    """A tile's rows times ``matrix``, float32 in and out whatever the matrix's type."""
+    return matrix.product(tile.to(matrix.dtype)).float()
+
+
+def joined(tiles: Sequence[torch.Tensor]) -> torch.Tensor:
+    """All tiles' rows."""
+    return tiles[0] if len(tiles) == 1 else torch.cat(tuple(tiles))
 
 
 def choose_tiling(config: ModelConfig, dtype: torch.dtype, place: torch.device = CPU) -> Tiling:

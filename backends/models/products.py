@@ -37,8 +37,24 @@ class Matrix:
         """``rows @ weight.T`` in the matrix's type, which is also that of ``rows``, ``[rows, inputs]``."""
         if self.kernel is Kernel.PLAIN:
             return F.linear(rows, self.weight)
-        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, self.weight, None, "none", [], "")
+        product: torch.Tensor = torch.ops.pipesim.prepacked_product(rows, self.weight)
         return product
+
+
+def _prepacked_product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, None, "none", [], "")
+    return product
+
+
+def _shape_of_product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return rows.new_empty(len(rows), weight.shape[0])
+
+
+# An operator of our own: torch.compile takes prepacked weights only as constants, and all layers share one graph.
+_operators = torch.library.Library("pipesim", "DEF")  # type: ignore[no-untyped-call]
+_operators.define("prepacked_product(Tensor rows, Tensor weight) -> Tensor")  # type: ignore[no-untyped-call]
+_operators.impl("prepacked_product", _prepacked_product, "MkldnnCPU")  # type: ignore[no-untyped-call]
+torch.library.register_fake("pipesim::prepacked_product", _shape_of_product)
 
 
 def lay_out(weight: torch.Tensor, kernel: Kernel) -> Matrix:

@@ -232,16 +232,23 @@ class _RandomModel:
 
 
 def agreeing_steps(
-    tiling: Tiling, config: ModelConfig, dtype: torch.dtype, device: Device, layer_forward: LayerForward = forward_layer
+    tiling: Tiling,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: Device,
+    layer_forward: LayerForward = forward_layer,
+    probes: int = 1,
 ) -> Tiling:
     """Of the tiling's sizes the largest set that agree on a whole layer in fixed shapes, whatever a step's reach.
+
+    They are tried on so many rows as ``probes`` says.
 
     Raises:
         BadInputError: no size agrees even with itself.
     """
     layer = read_layer(_RandomModel(config), 0, dtype, tiling.kernel, device.place)
     generator = torch.Generator().manual_seed(0)
-    probe = torch.randn(config.hidden, generator=generator)
+    agreeing = [tiling.sizes]
 
     def product(rows: torch.Tensor) -> torch.Tensor:
         """NaN where the reach matters: no size agrees then."""
@@ -250,8 +257,9 @@ def agreeing_steps(
         return torch.where(same, near, torch.nan)
 
     with torch.inference_mode():
-        sizes = largest(refined([tiling.sizes], product, probe, generator, device.place))
-    return dataclasses.replace(tiling, sizes=sizes)
+        for probe in torch.randn(probes, config.hidden, generator=generator):
+            agreeing = refined(agreeing, product, probe, generator, device.place)
+    return dataclasses.replace(tiling, sizes=largest(agreeing))
 
 
 _PROBED_CONTEXT = 3 * BLOCK + 5

@@ -5,10 +5,11 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from backends.models.decoder import KvCache, plan_run, run_layers
+from backends.models.compiled import compiled_layer
+from backends.models.decoder import KvCache, LayerForward, forward_layer, plan_run, run_layers
 from backends.models.devices import Device
 from backends.models.engine import Part
-from backends.models.exact import choose_tiling, pad_rows, tiled_linear
+from backends.models.exact import choose_tiling, float_product, joined, pad_rows
 from backends.models.loading import ModelSource
 from backends.models.products import Matrix, lay_out
 from backends.models.rowwise import rms_norm
@@ -24,14 +25,19 @@ class TorchEngine:
 
     ``dtype`` is the type of the matrices; norms and attention stay float32. With bfloat16, hidden states are rounded to
     it after every layer, so that it makes no difference where a stage ends. All lie on ``device``; where that wants
-    fixed shapes, the layers are computed in the steps of ``steps.py``.
+    fixed shapes, the layers are computed in the steps of ``steps.py``. ``compiles``: see ``compiled.py``.
     """
 
-    def __init__(self, source: ModelSource, part: Part, dtype: torch.dtype, device: Device) -> None:
+    def __init__(
+        self, source: ModelSource, part: Part, dtype: torch.dtype, device: Device, compiles: bool = False
+    ) -> None:
         config, place = part.config, device.place
-        self.device = device
+        self.device, self._compiles = device, compiles
         self.tiling = choose_tiling(config, dtype, place)
-        if device.fixed_shapes:
+        self._layer_forward: LayerForward = forward_layer
+        if compiles:
+            self.tiling, self._layer_forward = compiled_layer(self.tiling, config, dtype, device)
+        elif device.fixed_shapes:
             self.tiling = agreeing_steps(self.tiling, config, dtype, device)
         self._idle: FixedRuns | None = None
         self._config, self._dtype = config, dtype
@@ -51,7 +57,8 @@ class TorchEngine:
     @property
     def arithmetic(self) -> str:
         """As in ``Engine``."""
-        return f"torch {torch.__version__}, {self.device}, {self._dtype}, {self.tiling}".replace("torch.", "")
+        name = "torch.compile" if self._compiles else "torch"
+        return f"{name} {torch.__version__}, {self.device}, {str(self._dtype).removeprefix('torch.')}, {self.tiling}"
 
     @property
     def parameters(self) -> int:
@@ -71,7 +78,7 @@ class TorchEngine:
             idle, self._idle = self._idle, None
             if idle is not None and idle.cells == cells:
                 return idle
-            return FixedRuns(self.layers, self._config, cells, self.tiling, self.device)
+            return FixedRuns(self.layers, self._config, cells, self.tiling, self.device, self._layer_forward)
         return KvCache(self._config, [layer.kind for layer in self.layers], cells)
 
     def close_cache(self, cache: KvCache | FixedRuns) -> None:
@@ -94,7 +101,9 @@ class TorchEngine:
             states = cache.forward(rows, run, cells, table, should_stop)
         else:
             plan = plan_run(run, cells, table, cache, self.tiling)
-            states = run_layers(pad_rows(rows, plan.padded), self.layers, self._config, plan, cache, should_stop)
+            states = run_layers(
+                pad_rows(rows, plan.padded), self.layers, self._config, plan, cache, should_stop, self._layer_forward
+            )
         return None if states is None else states[: run.rows].to(self.hidden_dtype)
 
     def _enter(self, run: Run, hidden: torch.Tensor | None) -> torch.Tensor:
@@ -113,4 +122,4 @@ class TorchEngine:
             raise InvariantError("logits were asked of a stage without the LM head")
         padded, bounds = self.tiling.split(len(hidden))
         normed = rms_norm(pad_rows(hidden.float(), padded), self._norm, self._config.norm_eps)
-        return tiled_linear(normed, self.head, bounds)[: len(hidden)]
+        return joined([float_product(normed[start:stop], self.head) for start, stop in bounds])[: len(hidden)]

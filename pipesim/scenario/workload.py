@@ -97,8 +97,9 @@ class Execution(Section):
     started with, cpu for those started here."""
     drafter_device: Annotated[str, AfterValidator(_device)] = "cpu"
     """Where a draft model computes."""
-    kernels: Literal["auto", "native", "torch"] = "auto"
-    """What computes on CPUs: native kernels, compiled there, or torch's operations; auto: native where possible."""
+    kernels: Literal["auto", "native", "torch", "compile"] = "auto"
+    """What computes: native kernels (CPUs only), compiled there, torch's operations, or these compiled by
+    torch.compile; auto: native where possible, else torch."""
     activation_compression: Literal["none", "fp8", "int8"] = "none"
     """For slow links, lossy: activations travel in one byte per element and 4 per row, each row scaled by itself. The
     text depends on it, and on where stages end, but still not on policy, micro-batches or losses. Simulations count
@@ -111,8 +112,8 @@ class Execution(Section):
     stand_in: str | None = None
     """emulate: the model that computes in the place of model.name, its layers spread evenly; times and messages stay
     those of the model section. null: model.name itself."""
-    startup_timeout_s: float = Field(default=120.0, gt=0)
-    """How long stages may take to load and connect."""
+    startup_timeout_s: float | None = Field(default=None, gt=0)
+    """How long stages may take to load and connect; null: 120 s, 1,200 s with kernels: compile."""
     recovery: Recovery = Recovery()
     """What is done about a lost stage."""
     spares: tuple[str, ...] = Field(default=(), strict=False)
@@ -125,6 +126,11 @@ class Execution(Section):
         if self.activation_compression == "none":
             return None
         return f"activations travel as {self.activation_compression} (execution.activation_compression)"
+
+    @property
+    def startup_limit_s(self) -> float:
+        """``startup_timeout_s``, or its default for these kernels."""
+        return self.startup_timeout_s or (1200.0 if self.kernels == "compile" else 120.0)
 
     def devices(self, stages: int) -> tuple[str | None, ...]:
         """The device of each of so many stages."""
