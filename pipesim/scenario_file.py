@@ -42,7 +42,9 @@ def read_scenario(path: Path | str, overrides: Sequence[str] = ()) -> dict[str, 
     apply_overrides(raw, [one for one in overrides if one.startswith(_CALIBRATION)])
     if isinstance(raw.get("calibration"), str):
         raw = _calibrated(raw, Path(path).parent / raw["calibration"])
-    apply_overrides(raw, [one for one in overrides if not one.startswith(_CALIBRATION)])
+    others = [one for one in overrides if not one.startswith(_CALIBRATION)]
+    apply_overrides(raw, others)
+    _forget_intervals(raw, [one.partition("=")[0] for one in others])
     return raw
 
 
@@ -60,6 +62,16 @@ def _calibrated(raw: dict[str, Any], path: Path) -> dict[str, Any]:
     own = raw.get("cluster")
     cluster = {**own, **profile["cluster"]} if isinstance(own, dict) else profile["cluster"]
     return {**profile, **{key: raw[key] for key in _ABOUT_THE_RUN if key in raw}, "cluster": cluster}
+
+
+def _forget_intervals(raw: dict[str, Any], keys: Sequence[str]) -> None:
+    """What is set by hand has no confidence limits any more, nor has anything in it."""
+    evidence = raw.get("calibration")
+    intervals = evidence.get("intervals") if isinstance(evidence, dict) else None
+    if isinstance(intervals, dict):
+        for measured in list(intervals):
+            if any(f"{measured}.".startswith(f"{key}.") for key in keys):
+                del intervals[measured]
 
 
 def locate_files(raw: dict[str, Any], folder: Path) -> None:

@@ -58,6 +58,16 @@ def test_a_scenario_that_names_a_profile_has_its_costs_and_set_changes_them(prof
     assert metrics[1].e2e_s > metrics[0].e2e_s
 
 
+def test_what_is_set_by_hand_has_no_measured_limits(profile: Path) -> None:
+    """A prediction's interval must not draw a value from limits of the one that it replaced."""
+    before = load_scenario(profile).calibration
+    assert isinstance(before, Calibration)
+    for key, value in (("cluster.stages.0.cost.rows_ms.1", "90"), ("cluster.links.hops.0", "{hop: 0, latency_ms: 9}")):
+        evidence = load_scenario(profile, [f"{key}={value}"]).calibration
+        assert isinstance(evidence, Calibration)
+        assert evidence.intervals.keys() == {one for one in before.intervals if not f"{one}.".startswith(f"{key}.")}
+
+
 def test_a_scenario_needs_no_cluster_beside_a_profile(profile: Path, tmp_path: Path) -> None:
     short = tmp_path / "short.yaml"
     short.write_text("calibration: profile.yaml\npolicy: {name: speculative, max_nodes: 3}\n")
