@@ -1,9 +1,14 @@
 """The command line: ``pipesim.cli:main``."""
 
-from pipesim.cli import fidelity, real, simulate, sweep  # noqa: F401  (importing them registers their commands)
-from pipesim.cli.common import app
+import sys
 
 
 def main() -> None:
-    """Entry point of the ``pipesim`` command."""
-    app()
+    """Entry point of the ``pipesim`` command. Ctrl-C ends it without a traceback, also while modules are imported."""
+    try:
+        from pipesim.cli.commands import app
+
+        app()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -96,6 +96,7 @@ RepeatsOption = Annotated[int, typer.Option(min=1, help="So many seeds: the scen
 
 INTERRUPTED = 130
 """Exit status that shells expect after Ctrl-C."""
+_ANY = 10_000  # as many columns as a table may want
 PLOT_ENDINGS = (".png", ".pdf", ".svg")
 
 
@@ -236,15 +237,23 @@ def report(
         if as_json:
             print(json.dumps(result(summary, text, stages, bound, lossy), allow_nan=False))
         else:
-            Console().print(metrics_table(summary, bound))
+            show(metrics_table(summary, bound))
             if stages:
-                Console().print(stages_table(stages))
+                show(stages_table(stages))
             if summary.pace:
-                Console().print(pace_table(summary.pace))
+                show(pace_table(summary.pace))
     warn_of_pace(summary.pace)
     if trace:
         write_files(trace, trace_file, plot_file, window)
     fail([problem for problem in [early_end(summary)] if problem])
+
+
+def show(table: Table, whole: bool = False) -> None:
+    """Prints a table on stdout. Only a terminal that is too narrow cuts it, and not if it is to be ``whole``."""
+    console = Console()
+    if whole or not sys.stdout.isatty():
+        console.width = max(console.width, console.measure(table, options=console.options.update(width=_ANY)).maximum)
+    console.print(table)
 
 
 def pace_table(pace: Pace) -> Table:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from pipesim.cli.common import (
@@ -26,6 +25,7 @@ from pipesim.cli.common import (
     load,
     pace_table,
     printing,
+    show,
     warn_of_pace,
     writing,
 )
@@ -41,7 +41,6 @@ from pipesim.scenario_file import apply_overrides, build_scenario
 if TYPE_CHECKING:
     from pipesim.comparison import Figure, Prediction
 
-_TABLE_WIDTH = 124  # the table of figures does not fit 80 columns
 _ROUNDS = 6
 _PROMPT = (
     "Rewrite this list with one name on each line, and change nothing else: Ada Lovelace, Charles Babbage, Alan "
@@ -98,7 +97,7 @@ def calibrate_command(
         if as_json:
             print(json.dumps({"profile": str(output), "values": fit.values, **profile["calibration"]}))
         else:
-            Console().print(_fit_table(fit.values, fit.intervals))
+            show(_fit_table(fit.values, fit.intervals))
             print(f"Relative errors of the fits (root mean square): {_listed(fit.residuals)}.")
             print(f"{output}: pipesim simulate {output}; pipesim compare {output}")
 
@@ -224,11 +223,9 @@ def compare_command(
         if as_json:
             print(json.dumps(shown, allow_nan=False))
         else:
-            console = Console()
-            console.width = max(console.width, _TABLE_WIDTH)
-            console.print(_comparison_table(loaded, figures, repeats))
+            show(_comparison_table(loaded, figures, repeats), whole=True)
             if pace:
-                console.print(pace_table(pace))
+                show(pace_table(pace))
             print(closing_note(measured, repeats))
     _draw(prediction, measurement, shown, closing_note(measured, repeats), html_file, plot_file)
     if pace and not pace.kept:

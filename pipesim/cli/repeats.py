@@ -5,10 +5,9 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
 
-from pipesim.cli.common import early_end, printing, result, stages_table
+from pipesim.cli.common import early_end, printing, result, show, stages_table
 from pipesim.scenario.plans import StageSummary
 from pipesim.statistics import Interval, mean_interval, significant
 from pipesim.summary import Summary
@@ -38,8 +37,8 @@ def report_repeats(
             print(json.dumps({**shown, "intervals_95": over_seeds(figures, _limits), "seeds": seeds}, allow_nan=False))
         else:
             title = f"{shown['policy']}, seeds {seeds[0]} to {seeds[-1]}: means and their 95 % confidence intervals"
-            Console().print(_table(title, flatten(over_seeds(figures, mean_interval))))
-            Console().print(stages_table(stages))
+            show(_table(title, flatten(over_seeds(figures, mean_interval))))
+            show(stages_table(stages))
     return problems
 
 

@@ -7,7 +7,7 @@ from scenario_builder import build
 from typer.testing import CliRunner
 
 from analysis.plots import BUBBLE, DRAFT, FATES, VAIN_DRAFT, plot_timeline, plot_timelines
-from pipesim.cli import app
+from pipesim.cli.commands import app
 from pipesim.scheduling.commands import Outcome
 from pipesim.simulation.pipeline import simulate
 from pipesim.trace import Fate, Trace

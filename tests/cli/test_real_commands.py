@@ -15,11 +15,12 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from command_line import PROMPT, as_json, command
 from pipelines import LAYERS
 from typer.testing import CliRunner
 
 from pipesim.acceptance_trace import read_acceptance_trace
-from pipesim.cli import app
+from pipesim.cli.commands import app
 from pipesim.cli.real import LOOK_UP_SETTINGS
 from pipesim.errors import BadInputError, InvariantError
 from pipesim.executors import find_executor
@@ -27,7 +28,6 @@ from pipesim.metrics import compute_metrics
 from pipesim.scenario_file import load_scenario
 from pipesim.simulation.pipeline import simulate
 
-PROMPT = " ".join(f"w{3 + i % 7}" for i in range(30))
 POLICIES = ["autoregressive", "speculative", "pipeinfer"]
 
 
@@ -35,19 +35,8 @@ def pipesim(*arguments: object, timeout_s: float = 90.0) -> subprocess.Completed
     return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=timeout_s, check=False)
 
 
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-c", "from pipesim.cli import main; main()", *map(str, arguments)]
-
-
 def generate(model: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     return pipesim("generate", PROMPT, "--raw", "--model", model, *arguments)
-
-
-def as_json(done: subprocess.CompletedProcess[str]) -> dict[str, object]:
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("\n") == 1, "stdout must hold one JSON object and nothing else"
-    printed: dict[str, object] = json.loads(done.stdout)
-    return printed
 
 
 @contextlib.contextmanager
@@ -170,6 +159,36 @@ def test_ctrl_c_while_stages_start_leaves_no_process(tiny_folder: Path) -> None:
     assert b"Traceback" not in errors
     _, alive = psutil.wait_procs(below, timeout=3.0)
     assert not alive
+
+
+@pytest.mark.parametrize("module", ["typer", "pydantic", "grpc", "backends.head"])
+def test_ctrl_c_while_modules_are_imported_is_no_traceback(tiny_folder: Path, module: str) -> None:
+    program = (
+        "import os, signal, sys\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, *rest):\n"
+        f"        if name == {module!r}: os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        "from pipesim.cli import main; main()"
+    )
+    asked = [sys.executable, "-c", program, "generate", PROMPT, "--raw", "--model", str(tiny_folder)]
+    done = subprocess.run(asked, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (130, ""), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_ctrl_c_ends_execute_and_its_processes(scenario: Path) -> None:
+    asked = command("execute", scenario, "--set", "workload.max_new_tokens=900", "--set", "policy.name=speculative")
+    process = subprocess.Popen(asked, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout
+    process.stdout.read(20)
+    below = psutil.Process(process.pid).children(recursive=True)
+    assert len(below) == 4, "a nursery, two stages and a drafter"
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert errors == "interrupted\n"
+    assert not [one for one in below if one.is_running()]
 
 
 def test_separately_started_stages_serve_one_head_after_another(tiny_folder: Path, tmp_path: Path) -> None:
@@ -459,6 +478,7 @@ def test_compare_shows_every_metric_of_both_worlds(scenario: Path, tmp_path: Pat
     assert people.stderr.endswith(f"error: {full}: cannot be written (No space left on device)\n")
     assert "Traceback" not in people.stderr
     assert "acceptance_rate" in people.stdout
+    assert "…" not in people.stdout, "names are whole where nobody's screen is too narrow"
     assert "links and devices were measured" in people.stdout
     assert "All texts were equal" in people.stdout
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from pipesim.cli import app
+from pipesim.cli.commands import app
 from pipesim.metrics import compute_metrics
 from pipesim.scenario import Scenario
 from pipesim.scheduling.commands import FinishReason

@@ -15,7 +15,7 @@ from in_process import InProcess
 from scenario_builder import PLAIN
 from typer.testing import CliRunner, Result
 
-from pipesim.cli import app
+from pipesim.cli.commands import app
 
 SWEEP = ["--vary", "policy.name=autoregressive,pipeinfer", "--vary", "cluster.links.bandwidth_gbps=0.001:1:log3"]
 MAIN = [sys.executable, "-c", "from pipesim.cli import main; main()"]
