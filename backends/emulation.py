@@ -14,9 +14,10 @@ from pydantic import TypeAdapter
 
 from backends.frames import Hop
 from pipesim.errors import BadInputError
-from pipesim.scenario import DraftPlan, LinkFault, LinkPlan, Scenario, SlowStageFault, StagePlan
+from pipesim.scenario import CrashFault, DraftPlan, LinkFault, LinkPlan, Scenario, SlowStageFault, StagePlan
 from pipesim.scheduling.commands import RequestDraft
 from pipesim.scheduling.runs import Run
+from pipesim.simulation.courses import active_ns
 from pipesim.simulation.faults import stage_pace
 from pipesim.simulation.links import (
     LinkModel,
@@ -274,6 +275,8 @@ class PacedHead:
         nics = {device.name: device.nic_gbps for device in scenario.cluster.devices}
         self._gate = _Gate(nics.get(scenario.cluster.head.device or ""))
         self._told_drafter = 0
+        crashes = [fault for fault in scenario.faults if isinstance(fault, CrashFault)]
+        self._unnoticed = [active_ns(crash.start_ms, crash.detect_ms) for crash in crashes]
 
     def submit(self, run: Run) -> Hop:
         """A run leaves for the first stage."""
@@ -296,6 +299,10 @@ class PacedHead:
     def due(self, arrival: int, drafted: bool) -> int:
         """When the head, if it takes this result or draft up next, has handled it."""
         return max(arrival, self.now) + (self._draft_overhead if drafted else self._overhead)
+
+    def noticed(self, now: int) -> int:
+        """When the head hears of a loss that really shows at ``now``: for a while, nobody knows of a modelled crash."""
+        return min((end for start, end in self._unnoticed if start <= now < end), default=now)
 
     def links(self) -> Iterator[LinkModel]:
         """All links, for their names: data, control, to and from the drafter."""

@@ -154,8 +154,8 @@ class HeadPace(_Pace):
         await asyncio.sleep(self.origin - time.monotonic())
 
     def catch_up(self) -> None:
-        """Something happened that no model foresees: it is as late as it really is."""
-        self.model.now = max(self.model.now, self.now())
+        """The head hears of something now that is as late as it really is."""
+        self.model.now = self.model.due(self.now(), drafted=False)
 
     async def next(self) -> News:
         """The next news that the head has handled by now."""
@@ -180,11 +180,15 @@ class HeadPace(_Pace):
                 self._sort(await asyncio.wait_for(self._inbox.get(), left))
 
     def _sort(self, news: News) -> None:
-        what = None if isinstance(news, PipesimError) else news[0]
+        now = self.now()
+        if isinstance(news, PipesimError):
+            self._wait_for(self.model.noticed(now), news)
+            return
+        what = news[0]
         if not isinstance(what, ResultFrame | DraftReply) or not what.hops:
             self._at_once.append(news)
             return
-        now, drafted = self.now(), isinstance(what, DraftReply)
+        drafted = isinstance(what, DraftReply)
         home = what.hops[-1]
         if drafted and len(what.hops) == 1:  # an abandoned draft: the model sends no word of it
             self._note_draft(what.hops[0], CALLED_OFF)
@@ -196,6 +200,9 @@ class HeadPace(_Pace):
             self._note_draft(what.hops[0])
         else:
             self._note_stages(what.hops[:-1], what.stamps)
+        self._wait_for(arrival, news)
+
+    def _wait_for(self, arrival: int, news: News) -> None:
         heapq.heappush(self._waiting, (arrival, next(self._numbers), news))
 
     def _note_draft(self, hop: Hop, fate: str = "") -> None:

@@ -204,16 +204,16 @@ class Pipeline:
                 return
             if self.mender is None:
                 raise failure
-            await asyncio.sleep(self._down_until - time.monotonic())
             try:
                 await self.mender.restore()
             except StageFailedError as error:
                 self.failure = error
                 self._tell_all(error)  # whoever came too late to try begins with this one
                 raise
+            await asyncio.sleep(self._down_until - time.monotonic())
 
     def not_restored_before(self, moment: float) -> None:
-        """:meth:`restore` waits at least until then, on the clock ``time.monotonic()``: a modelled outage."""
+        """:meth:`restore` ends no sooner, on the clock ``time.monotonic()``: a modelled outage."""
         self._down_until = max(self._down_until, moment)
 
     async def drafter_at_work(self) -> None:
