@@ -4,20 +4,23 @@ The recorded half holds the simulator against docs/fidelity.json: measured costs
 machine. It is arithmetic, so a loaded machine cannot fail it. Runs were made by the scheduler of their day: where that
 has changed since, plain decoding alone can be held against them, and the page wants to be made anew.
 
-The live half (slow: for a machine that is otherwise idle) compares a tiny model on real processes. Its tolerance is the
-real runs' own spread and a wide margin: it catches a model that is wrong, not one that is a little off.
+The live half (slow) measures costs and real runs in turns, on whatever machine this is. Its tolerance is a margin
+beside the runs' own spread; where they spread so much that they could confirm anything, or where others used the
+processors meanwhile, it is skipped, and says so.
 """
 
 import json
+import os
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from pipelines import LAYERS
 from talker import save_talker
 
 from analysis.fidelity import scheduling_digest
-from pipesim.comparison import flat_metrics, make_figure, measured_profile, predict
+from pipesim.comparison import NOISY, calibrated, compare, flat_metrics, make_figure, predict
 from pipesim.event_log import replay
 from pipesim.executors import find_executor
 from pipesim.scenario import TraceAcceptance
@@ -28,8 +31,11 @@ GATED = [f"{stages} autoregressive ngram" for stages in (1, 2, 4)]
 GATED += ["2 speculative planted", "4 pipeinfer ngram", "4 speculative planted"]
 MARGIN = 0.02
 """So much may the error of recorded tokens/s grow: half the median spread of the recorded runs."""
-LIVE_MARGIN = 0.30
-"""Of tokens/s, beside twice the spread of the live runs."""
+LIVE_MARGIN = 0.15
+"""Of tokens/s, beside the spread of the live runs: it catches a model that is wrong, not one that is a little off."""
+OTHERS = 0.1
+"""Somebody else's share of the processors that makes live figures theirs as well."""
+LARGE = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8}  # most of the time is its layers'
 
 
 @pytest.mark.parametrize("setting", GATED)
@@ -50,34 +56,61 @@ def test_predictions_of_recorded_runs_do_not_get_worse(setting: str) -> None:
         assert abs(error) <= abs(then["error"]) + MARGIN, f"{metric}: {then['error']:+.1%} then, {error:+.1%} now"
 
 
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_talker(tmp_path_factory.mktemp("large"), **LARGE)
+
+
 @pytest.mark.slow
-def test_predictions_of_live_runs_are_near(tmp_path: Path) -> None:
-    model = save_talker(tmp_path / "talker")
-    cost = {"kind": "linear", "constant_ms": 1}
-    executor = find_executor()
-    errors = {}
-    for policy in ("autoregressive", "speculative", "pipeinfer"):
-        scenario = build_scenario(
-            {
-                "model": {"name": str(model), "layers": LAYERS, "hidden": 64, "vocabulary": 160},
-                "cluster": {"stages": [{"repeat": 2, "cost": cost}], "drafter": {"level_ms": 0.1}},
-                "workload": {"prompt": " ".join(f"w{3 + i % 7}" for i in range(30)), "max_new_tokens": 48},
-                "policy": {"name": policy},
-                "acceptance": {"kind": "iid", "rate": 0.8},
-                "execution": {"drafter": "planted"},
-            }
-        )
-        logs = tmp_path / policy
-        logs.mkdir()
-        measured = executor.measure(scenario, 3, 6, logs)
-        assert [replay(log) for log in logs.iterdir()] == [None] * 3, "decisions are the same again (I9)"
-        profile = build_scenario(measured_profile(scenario, measured.observed))
-        prediction = predict(profile, measured.observed.acceptance)
-        speeds = [flat_metrics(run)["tokens_per_second"] for run in measured.runs]
-        figure = make_figure([flat_metrics(prediction.trace)["tokens_per_second"]], speeds)
-        assert figure.error is not None
-        assert figure.spread
-        assert figure.measured
-        allowed = LIVE_MARGIN + 2 * (figure.spread[1] - figure.spread[0]) / figure.measured
-        errors[policy] = (round(figure.error, 3), round(allowed, 3))
-    assert all(abs(error) <= allowed for error, allowed in errors.values()), errors
+@pytest.mark.parametrize("policy", ["autoregressive", "speculative", "pipeinfer"])
+def test_predictions_of_live_runs_are_near(policy: str, large: Path, tmp_path: Path) -> None:
+    scenario = build_scenario(
+        {
+            "model": {"name": str(large), "layers": LAYERS, "hidden": LARGE["hidden_size"], "vocabulary": 160},
+            "cluster": {
+                "stages": [{"repeat": 2, "cost": {"kind": "linear", "constant_ms": 1}}],
+                "drafter": {"level_ms": 0.1},
+            },
+            "workload": {"prompt": " ".join(f"w{3 + i % 7}" for i in range(30)), "max_new_tokens": 48},
+            "policy": {"name": policy},
+            "acceptance": {"kind": "iid", "rate": 0.8},
+            "execution": {"drafter": "planted"},
+        }
+    )
+    others = OthersAtWork()
+    measured = find_executor().measure(scenario, 5, 10, tmp_path)
+    share = others.share()
+    assert [replay(log) for log in tmp_path.iterdir()] == [None] * 5, "decisions are the same again (I9)"
+    prediction = predict(calibrated(scenario, measured.observed), measured.observed.acceptance)
+    figure = compare(prediction, measured.runs, measured.observed.acceptance.tokens)["tokens_per_second"]
+    assert figure.error is not None
+    assert figure.spread
+    assert figure.measured
+    spread = (figure.spread[1] - figure.spread[0]) / figure.measured
+    told = (
+        f"{policy}: error {figure.error:+.1%}, runs spread by {spread:.1%}, others used {share:.0%} of the processors"
+    )
+    print(told)
+    if spread > NOISY or share > OTHERS:
+        pytest.skip(f"SKIPPED: this machine is too busy for this test to say anything: {told}")
+    assert abs(figure.error) <= LIVE_MARGIN + spread, told
+
+
+class OthersAtWork:
+    """How much of this machine's processors was used by others since this was made."""
+
+    def __init__(self) -> None:
+        self._since = self._now()
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        """Seconds of all processors, of them at work, and of them at work for this process and its children."""
+        times = psutil.cpu_times()
+        own = os.times()
+        everything = sum(times[:8])  # guest time is in user time already
+        return everything, everything - times.idle - times.iowait, sum(own[:4])
+
+    def share(self) -> float:
+        """The share since then, from 0 to 1. Children that have not ended yet count as others."""
+        everything, working, own = (now - then for now, then in zip(self._now(), self._since, strict=True))
+        return max(0.0, working - own) / everything
