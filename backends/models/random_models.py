@@ -133,9 +133,9 @@ def save_tiny(folder: Path, shards: int = 1, seed: int = 0, sharpness: float = 1
     return folder
 
 
-def save_talker(folder: Path, layers: int = 8, vocabulary: int = 160) -> Path:
+def save_talker(folder: Path, layers: int = 8, vocabulary: int = 160, **changes: Any) -> Path:
     """Writes a random model whose vocabulary are the words w0, w1, ..; no text of it ends by itself."""
-    folder = save_tiny(folder, num_hidden_layers=layers, vocab_size=vocabulary, eos_token_id=None)
+    folder = save_tiny(folder, num_hidden_layers=layers, vocab_size=vocabulary, eos_token_id=None, **changes)
     tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocabulary)}, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(folder / "tokenizer.json"))
