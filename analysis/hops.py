@@ -1,13 +1,14 @@
 """Measures what a hop between stages costs, by payload, and what gRPC costs a pipeline of one stage.
 
-``python -m analysis.hops -o docs/hops.md`` chains two stages over loopback whose layers only read memory for 5 ms, as
-a model reads its weights, and hand on activations of a given size; then it generates with SmolLM2-135M behind one
-stage, and with the same layers in a bare loop in this process, in turns.
+``python -m analysis.hops -o docs/hops.md`` chains two stages over loopback whose layers multiply by weights for 5 ms,
+and hand on activations of a given size; then it generates with SmolLM2-135M behind one stage, and with the same layers
+in a bare loop in this process, in turns.
 """
 
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import platform
@@ -28,6 +29,7 @@ from backends.frames import OpenFrame, ReleaseFrame, ResultFrame, RunFrame
 from backends.head import Head
 from backends.models.finding import DEFAULT_MODEL
 from backends.models.loading import ModelSource, open_model
+from backends.models.native.weights import Arena, PackedMatrix
 from backends.models.stage_model import StageModel
 from backends.node import Node
 from backends.pipeline import Pipeline
@@ -46,17 +48,23 @@ AIM_MS = 0.6
 SPREAD = 0.2
 """Quartiles further apart than this share of the median establish nothing."""
 _COMPUTE_S = 0.005
+_MATRICES = 36  # of 1.8 MB
+_LAYER = 4  # of them are a layer: of SmolLM2-135M one has 7 MB
 _WARM_UP = 10
 _PROMPT = tuple(range(100, 116))
 
 
-class MemoryReader:
-    """Stands in for a stage's layers: reads 16 MB again and again, for 5 ms a run. Its model's name is a width."""
+class Weights:
+    """Stands in for a stage's layers: multiplies by 64 MB of weights in turn, for 5 ms a run, with the kernels that
+    read a model's. Its model's name is a width.
+    """
 
     def __init__(self, order: ConfigureStage) -> None:
         self.is_last, self.arithmetic = order.stage == 1, "none"
         self._width = int(order.model)
-        self._weights = torch.ones(4_000_000)
+        arena, matrix = Arena(), torch.ones(1536, 576, dtype=torch.bfloat16)
+        self._row = torch.ones(1, 576)
+        self._weights = itertools.cycle([PackedMatrix(matrix, arena) for _ in range(_MATRICES)])
 
     def open_session(self, session: int, kv_cells: int, sequences: int, sampling: Sampling) -> None:
         """There is nothing to prepare."""
@@ -79,7 +87,8 @@ class MemoryReader:
         """Activations of the agreed size, or one token per output row."""
         end = time.monotonic() + _COMPUTE_S
         while time.monotonic() < end:
-            self._weights.sum()
+            for matrix in itertools.islice(self._weights, _LAYER):
+                matrix.product(self._row)
             should_stop()
         return [1] * run.outputs if self.is_last else torch.ones(run.rows, self._width)
 
@@ -98,7 +107,7 @@ def _serve() -> None:
         print(port, flush=True)
 
     compute = ComputeLoop()
-    compute.run(listen(compute, "127.0.0.1:0", announce, MemoryReader))
+    compute.run(listen(compute, "127.0.0.1:0", announce, Weights))
 
 
 @contextlib.contextmanager

@@ -5,6 +5,8 @@ exponent and 3 of mantissa (arXiv 2209.05433), or to whole numbers up to 127 (th
 arXiv 2208.07339).
 """
 
+import ctypes
+
 import torch
 
 from backends.frames import SCALE_BYTES, Activation, Compression, FrameError
@@ -13,7 +15,11 @@ _LARGEST = {"fp8": 448.0, "int8": 127.0}
 
 
 def to_activation(hidden: torch.Tensor, compression: Compression = "none") -> Activation:
-    """Hidden states ``[rows, hidden]`` as they travel. Raises FrameError if they shall be compressed and overflow."""
+    """Hidden states ``[rows, hidden]``, which lie in the CPU's memory, as they travel.
+
+    Raises:
+        FrameError: they shall be compressed and overflow.
+    """
     rows, width = hidden.shape
     dtype = str(hidden.dtype).removeprefix("torch.")
     if compression == "none":
@@ -40,4 +46,5 @@ def to_hidden(activation: Activation) -> torch.Tensor:
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:
-    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+    kept = tensor.contiguous()
+    return ctypes.string_at(kept.data_ptr(), kept.nbytes)  # as `numpy()`, in a fraction of the code

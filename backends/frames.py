@@ -10,6 +10,7 @@ One ordered stream carries a whole session: ``OpenFrame``, then runs (dead ones 
 import enum
 import math
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple, TypeVar
 
@@ -41,6 +42,10 @@ _FP8_NAN = 0x7F  # with either sign; float8_e4m3fn has no other
 
 class FrameError(PipesimError):
     """A frame that this version does not understand, or that contradicts itself."""
+
+
+class StrangerError(PipesimError):
+    """A frame with the token of nobody whom the reader knows."""
 
 
 class FrameKind(enum.IntEnum):
@@ -240,14 +245,26 @@ def encode(frame: Frame) -> bytes:
     return b"".join((header, metadata, payload))
 
 
-def decode(data: bytes) -> Frame:
+def decode(data: bytes, admits: Callable[[bytes], bool] | None = None) -> Frame:
     """The frame that ``data`` holds; an activation refers to ``data``'s memory.
 
+    ``admits`` is asked about the token first: nobody else may keep the reader busy with the rest of a frame.
+
     Raises:
+        StrangerError: ``admits`` says no.
         FrameError: it is no frame of this version, is cut off, or contradicts itself; the message says how.
     """
-    token = peek_token(data)
-    _, _, kind, _, number, epoch, run_id, metadata_bytes, payload_bytes = _HEADER.unpack_from(data)
+    if len(data) < _HEADER.size:
+        raise FrameError(f"{len(data)} bytes are no frame, the header alone has {_HEADER.size}")
+    magic, version, kind, token, number, epoch, run_id, metadata_bytes, payload_bytes = _HEADER.unpack_from(data)
+    if magic != MAGIC:
+        raise FrameError(f"not a pipesim frame, it begins with {magic!r}")
+    if version != VERSION:
+        raise FrameError(
+            f"frame version {version} is not supported, only {VERSION}: run one pipesim version everywhere"
+        )
+    if admits and not admits(token):
+        raise StrangerError("a frame with an unknown token")
     if _HEADER.size + metadata_bytes + payload_bytes != len(data):
         raise FrameError(f"the header promises {metadata_bytes} + {payload_bytes} bytes, the frame has {len(data)}")
     session = Session(token, number, epoch)
@@ -271,24 +288,6 @@ def decode(data: bytes) -> Frame:
     if kind == FrameKind.RELEASE and not metadata:
         return ReleaseFrame(session)
     raise FrameError(f"frame kind {kind} is unknown or has {len(metadata)} bytes of metadata too many")
-
-
-def peek_token(data: bytes) -> bytes:
-    """The token of an encoded frame, at a cost that does not depend on its size.
-
-    Raises:
-        FrameError: ``data`` does not begin as a frame of this version does.
-    """
-    if len(data) < _HEADER.size:
-        raise FrameError(f"{len(data)} bytes are no frame, the header alone has {_HEADER.size}")
-    magic, version, _, token, *_ = _HEADER.unpack_from(data)
-    if magic != MAGIC:
-        raise FrameError(f"not a pipesim frame, it begins with {magic!r}")
-    if version != VERSION:
-        raise FrameError(
-            f"frame version {version} is not supported, only {VERSION}: run one pipesim version everywhere"
-        )
-    return bytes(token)
 
 
 def _set_bytes(sequences: int) -> bytes:

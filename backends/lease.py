@@ -1,7 +1,6 @@
 """A node in the service of one head: from the head's first control message until its control stream ends."""
 
 import asyncio
-import contextlib
 import hmac
 import logging
 import time
@@ -30,7 +29,7 @@ from backends.frames import Frame, FrameError, encode
 from backends.logs import event, name_node
 from backends.outbox import MAX_WAITING, Outbox
 from backends.transport import DATA, describe_rpc_error, open_channel, path
-from pipesim.errors import BadInputError, PipesimError, StageFailedError
+from pipesim.errors import BadInputError, PipesimError
 
 if TYPE_CHECKING:
     from backends.stage_worker import Layers, StageWorker
@@ -92,11 +91,11 @@ class Lease:
 class Passage:
     """One epoch's way through a stage. A later epoch has its own: what is still on the way here gets no further.
 
-    ``outgoing`` holds encoded frames for the successor or, on the last stage, the head; a None in it ends the stream.
+    ``outgoing`` takes encoded frames for the successor or, on the last stage, the head.
     """
 
     def __init__(self) -> None:
-        self.outgoing = Outbox[bytes | None]("what comes after this stage")
+        self.outgoing = Outbox("what comes after this stage")
         self.has_predecessor = False
         self.link: asyncio.Task[None] | None = None
 
@@ -104,8 +103,7 @@ class Passage:
         """Hangs up."""
         if self.link:
             self.link.cancel()
-        with contextlib.suppress(StageFailedError):  # full: nobody reads what we say
-            self.outgoing.put_nowait(None)
+        self.outgoing.close()
 
 
 class StageLease(Lease):
@@ -179,7 +177,7 @@ class StageLease(Lease):
             return
         if self._worker is None:
             raise FrameError(f"stage {self._stage} got a frame before it was ready")
-        passage.outgoing.put_nowait(encode(self._worker.handle(frame, received_bytes, received)))
+        passage.outgoing.send(encode(self._worker.handle(frame, received_bytes, received)))
 
     def link_lost(self, passage: Passage, neighbour: int, reason: str) -> None:
         """A data stream broke; the head finds out whose fault it is."""
@@ -202,7 +200,7 @@ class StageLease(Lease):
                 await asyncio.wait_for(call.wait_for_connection(), _CONNECT_S)
                 self.tell(Connected())
                 ended = asyncio.create_task(call.code())
-                sending = asyncio.create_task(_send(passage, call))
+                sending = asyncio.create_task(passage.outgoing.carry(call.write))
                 await asyncio.wait((ended, sending), return_when=asyncio.FIRST_COMPLETED)
                 sending.cancel()
                 code = await call.code()
@@ -221,8 +219,3 @@ class StageLease(Lease):
             self._worker.abandon()
             self.compute.submit(self._worker.close, self.fail)
         self.passage.close()
-
-
-async def _send(passage: Passage, call: "grpc.aio.StreamStreamCall") -> None:
-    while (data := await passage.outgoing.get()) is not None:
-        await call.write(data)

@@ -72,7 +72,7 @@ class Node:
         self.ready = False
         self.watched = False
         self._on_failure, self._on_link_lost = on_failure, on_link_lost
-        self._outbox = Outbox[bytes](name)
+        self._outbox = Outbox(name)
         self._call: grpc.aio.StreamStreamCall | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._reply: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -85,7 +85,7 @@ class Node:
     def send(self, message: ToNode) -> int:
         """Sends a message, after those before it; returns its size in bytes."""
         data = pack(message)
-        self._outbox.put_nowait(data)
+        self._outbox.send(data)
         return len(data)
 
     async def configure(self, order: ConfigureStage | ConfigureDrafter) -> None:
@@ -190,8 +190,7 @@ class Node:
 
     async def _write(self, call: "grpc.aio.StreamStreamCall") -> None:
         with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):  # the reader hears why it broke
-            while True:
-                await call.write(await self._outbox.get())
+            await self._outbox.carry(call.write)
 
     async def _read(self, call: "grpc.aio.StreamStreamCall") -> None:
         try:

@@ -73,8 +73,8 @@ class Pipeline:
         self._inboxes: dict[int, asyncio.Queue[News]] = {}  # by session
         self._restoring = asyncio.Lock()
         self._linked = True  # or meant to be: between unlink and connect, nobody wonders about lost links
-        self._frames = Outbox[bytes]("the first stage")
-        self._orders = Outbox[bytes]("the drafter")
+        self._frames = Outbox("the first stage")
+        self._orders = Outbox("the drafter")
         self._links: list[asyncio.Task[None]] = []  # streams to and from the stages
         self._drafts: list[asyncio.Task[None]] = []  # and the drafter
         self._mending: asyncio.Task[None] | None = None  # of the drafter
@@ -244,7 +244,7 @@ class Pipeline:
         """Sends a frame into the first stage; returns its size in bytes."""
         data = encode(frame)
         if frame.session.token == self.token:
-            self._frames.put_nowait(data)
+            self._frames.send(data)
         return len(data)
 
     def cancel(self, session: Session, run_ids: Sequence[int], hops: Sequence[Hop] = ()) -> int:
@@ -258,13 +258,12 @@ class Pipeline:
     def order(self, message: ToDrafter) -> int:
         """Sends a message to the drafter; returns its size in bytes."""
         data = pack(message)
-        self._orders.put_nowait(data)
+        self._orders.send(data)
         return len(data)
 
-    async def _write(self, call: "grpc.aio.StreamStreamCall", queue: asyncio.Queue[bytes]) -> None:
+    async def _write(self, call: "grpc.aio.StreamStreamCall", outbox: Outbox) -> None:
         with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):  # whoever reads the call hears why
-            while True:
-                await call.write(await queue.get())
+            await outbox.carry(call.write)
 
     # -- from the nodes ----------------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import os
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import grpc
 import grpc.aio
@@ -12,7 +12,7 @@ import grpc.aio
 from backends.compute import ComputeLoop
 from backends.control import TO_NODE, ConfigureDrafter, ConfigureStage, Failed, pack, unpack
 from backends.drafter_server import DrafterLease
-from backends.frames import FrameError, decode, peek_token
+from backends.frames import FrameError, StrangerError, decode
 from backends.lease import Lease, LoadLayers, Passage, StageLease
 from backends.transport import CONTROL, DATA, DRAFT, RESULTS, SERVICE
 
@@ -23,6 +23,7 @@ _Handler = Callable[[Any, _Context], Awaitable[None]]
 _MAX_CONTROL_BYTES = 2**20
 _MAX_DRAFT_BYTES = 2**24  # a whole text, twice
 _CANCELLED_WITHIN_S = 1.0
+_NOT_OURS = "no head has configured this stage for the sender"
 
 
 def load_layers(order: ConfigureStage, device: str = "cpu") -> Any:
@@ -97,15 +98,16 @@ class NodeServer:
         try:
             while (data := await context.read()) is not grpc.aio.EOF:
                 try:
-                    # The token first: nobody else may keep the event loop busy with the rest of a frame.
-                    lease = await self._lease_for(StageLease, peek_token(data), context)
-                    frame = decode(data)
+                    frame = decode(data, self._admits_to_stage)
+                    lease = cast(StageLease, self._lease)  # which has admitted the frame
                     if passage is None:
                         if lease.passage.has_predecessor:
                             await _refuse(context, _Code.FAILED_PRECONDITION, "this stage has a predecessor already")
                         passage = lease.passage
                         passage.has_predecessor = True
                     lease.receive(frame, len(data))
+                except StrangerError:
+                    await _refuse(context, _Code.PERMISSION_DENIED, _NOT_OURS)
                 except FrameError as error:
                     reason = f"refused a frame: {error}"
                     await _refuse(context, _Code.INVALID_ARGUMENT, str(error))
@@ -120,8 +122,7 @@ class NodeServer:
         lease = await self._lease_for(StageLease, token, context)
         outgoing = lease.passage.outgoing
         await context.send_initial_metadata(())
-        while (data := await outgoing.get()) is not None:
-            await context.write(data)
+        await outgoing.carry(context.write)
 
     async def _draft(self, _: Any, context: _Context) -> None:
         token = await context.read()
@@ -142,8 +143,11 @@ class NodeServer:
         """The lease under way, if it is of this kind and the sender has its token; otherwise ends the stream."""
         lease = self._lease
         if not isinstance(lease, kind) or not lease.admits(token):
-            await _refuse(context, _Code.PERMISSION_DENIED, "no head has configured this stage for the sender")
+            await _refuse(context, _Code.PERMISSION_DENIED, _NOT_OURS)
         return lease
+
+    def _admits_to_stage(self, token: bytes) -> bool:
+        return isinstance(self._lease, StageLease) and self._lease.admits(token)
 
 
 def _until_hung_up(handler: _Handler) -> _Handler:

@@ -23,9 +23,9 @@ from backends.frames import (
     RunFrame,
     Session,
     StageStamp,
+    StrangerError,
     decode,
     encode,
-    peek_token,
 )
 from backends.sampling import Sampling
 from pipesim.scheduling.runs import END, Run, RunKind, SequenceCopy, SequenceRemove
@@ -286,12 +286,21 @@ def test_a_run_has_a_bounded_number_of_rows() -> None:
         decode(_with_metadata(["prefill", many, many, [b"\1"] * len(many), 0, [], "", 0, "none", []]))
 
 
-def test_the_token_is_known_before_the_rest_is_read() -> None:
+def test_a_stranger_is_turned_away_before_the_rest_of_a_frame_is_read() -> None:
+    asked: list[bytes] = []
+
+    def nobody(token: bytes) -> bool:
+        asked.append(token)
+        return False
+
     whole = a_run_frame()
-    assert peek_token(whole) == peek_token(whole[: HEADER.size]) == SESSION.token
+    for data in (whole, whole[: HEADER.size]):
+        with pytest.raises(StrangerError):
+            decode(data, nobody)
+    assert asked == [SESSION.token] * 2
     for data in (b"", whole[: HEADER.size - 1], b"X" + whole, _with_header(whole, version=VERSION + 1)):
         with pytest.raises(FrameError):
-            peek_token(data)
+            decode(data, nobody)
 
 
 def test_what_cannot_be_sent_is_not_encoded() -> None:

@@ -192,7 +192,8 @@ inline void dots(const Codes& codes, const U* words, const uint32_t* const* x, i
         U word[TILES];
 #pragma GCC unroll 4
         for (int t = 0; t < TILES; t++) {
-            __builtin_prefetch((const char*)(words + t) + 4096);
+            // 0, 0: read once, so the caches may keep what is used again: code, activations, keys
+            __builtin_prefetch((const char*)(words + t) + 4096, 0, 0);
             word[t] = load<U>(words + t);
         }
 #pragma GCC unroll 4
