@@ -234,7 +234,7 @@ def test_a_machine_out_of_reach_for_good_is_an_error_in_time(talking: Talking) -
             _, errors = process.communicate(timeout=60)
         finally:
             talking.network.plug("second", True)
-    assert time.monotonic() - pulled < 2.5 + 4 + 5, "noticed, tried, and ended"
+    assert time.monotonic() - pulled < 2.5 + 4 + 10, "noticed, tried, and ended, on a machine as busy as may be"
     assert process.returncode == 1
     assert f"not restored within 4 s, still waiting for stage 1 ({talking.hosts[1]}, layers" in errors.decode()
     assert b"Traceback" not in errors
