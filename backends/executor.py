@@ -3,8 +3,6 @@
 import asyncio
 import contextlib
 import dataclasses
-import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TextIO
@@ -94,12 +92,7 @@ class GrpcExecutor:
         if device == "cpu":
             with contextlib.suppress(BadInputError):  # it may never be asked for kernels
                 library.prepare()
-        try:
-            serve(listen, device)
-        except KeyboardInterrupt:
-            # PyTorch's threads may abort a process whose interpreter is taken down beneath them: leave without that
-            print("interrupted", file=sys.stderr, flush=True)
-            os._exit(130)
+        serve(listen, device)
 
 
 async def _execute(job: Job, events: TextIO | None, on_text: OnText | None, keep_trace: bool) -> RealResult:

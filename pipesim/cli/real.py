@@ -274,5 +274,9 @@ def stage_command(
 
     Example: pipesim stage --listen 0.0.0.0:50051 --log-level info
     """
-    with interruptible():
+    try:
         executor_with_logs(log_level, log_file).serve_stage(listen, device)
+    except KeyboardInterrupt:
+        # PyTorch's threads, if only just begun, may abort a process whose interpreter is taken down beneath them
+        print("interrupted", file=sys.stderr, flush=True)
+        os._exit(INTERRUPTED)
