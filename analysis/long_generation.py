@@ -76,11 +76,11 @@ class Measured:
 
 
 def memory_mib(pid: int) -> float:
-    """Proportional set size: pages that processes share count for each of them in part."""
+    """Anonymous memory: without files, whose pages count in part for each process of the machine that maps them."""
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-        if line.startswith("Pss:"):
+        if line.startswith("Pss_Anon:"):
             return int(line.split()[1]) / 1024
-    raise ValueError(f"process {pid} has no Pss")
+    raise ValueError(f"process {pid} has no Pss_Anon")
 
 
 class Witness(TextMeter):
@@ -225,7 +225,7 @@ def draw(all_measured: Sequence[Measured], file: Path) -> None:
             tokens = [one.tokens for one in measured.samples]
             for name, colour in zip(measured.samples[0].memory_mib, CYCLE, strict=False):
                 memory.plot(tokens, [one.memory_mib[name] for one in measured.samples], label=name, color=colour)
-            memory.set(ylabel="memory (PSS), MiB", title=f"{measured.model}, {measured.dtype}", ylim=(0, None))
+            memory.set(ylabel="anonymous memory, MiB", title=f"{measured.model}, {measured.dtype}", ylim=(0, None))
             memory.legend()
             ends, rates, accepted = zip(*windowed(measured), strict=True)
             speed.plot(ends, rates, "o-", color=CYCLE[0])
@@ -286,11 +286,12 @@ def page(all_measured: Sequence[Measured], figure: str) -> str:
         "both stages together took for one-row runs at about that length (median), at the beginning, in the middle and "
         "at the end: as long as it does not rise, nothing but attention slows the text down.",
         markdown_table(["process", f"MiB after {WARM_UP} tokens", "at the end", "KiB per token"], memories),
-        "Memory is the proportional set size; KV cells are there from the start. *KiB per token* is the slope of a "
-        "straight line after the warm-up. What must grow is counted in `tests/backends/test_flat_memory.py`: the "
-        "head's text, its table of KV cells, one number per token for percentiles; the drafter's text and its index of "
-        "n-grams. A trace is kept only where it is asked for (`--trace`, `--plot`, `compare`): it costs the head "
-        "0.6 KiB more per token.",
+        "Memory is what no file stands behind: libraries, and the file of weights, are shared with whoever else maps "
+        "them. KV cells and weights are there from the start. *KiB per token* is the slope of a straight line after "
+        "the warm-up. What must grow is counted in `tests/backends/test_flat_memory.py`: the head's text, its table of "
+        "KV cells, one number per token for percentiles (0.11 KiB per token); the drafter's text and its index of "
+        "n-grams (0.03). A trace is kept only where it is asked for (`--trace`, `--plot`, `compare`): it costs the "
+        "head 0.6 KiB more per token.",
         "Made by `python -m analysis.long_generation -o docs/long-generation.md`.",
     ]
     return "\n\n".join(part if part.startswith("|") else fill(part) for part in parts) + "\n"
