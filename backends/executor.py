@@ -49,7 +49,8 @@ class GrpcExecutor:
     ) -> RealResult:
         """Generates for real. A planted drafter costs a plain generation before, so that it knows the text.
 
-        Only with ``keep_trace`` grows memory with every run; else with the text alone, by some 150 bytes per token.
+        Only with ``keep_trace``, or on an emulated cluster, does memory grow with every run; else with the text alone,
+        by some 150 bytes per token.
 
         Raises:
             BadInputError: the scenario does not fit the model, or a stage cannot be reached.
