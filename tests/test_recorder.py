@@ -1,4 +1,6 @@
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scenario_builder import build
 
 from pipesim.errors import InvariantError
@@ -94,13 +96,18 @@ def test_a_text_meter_says_what_a_trace_says(stop: int | None) -> None:
 class Both(Recorder):
     """Tells a text meter, on a clock in seconds, all that it hears but latencies, of which real heads know nothing."""
 
-    def __init__(self, scenario: Scenario) -> None:
+    def __init__(self, scenario: Scenario, stop: tuple[int, int] | None) -> None:
         super().__init__(scenario.scheduler(), scenario.seed, ["a", "b", "c"], ticks_per_s=1e9)
         self.meter = TextMeter(scenario.scheduler(), scenario.seed, 3)
+        self._stop = stop
 
     def handle(self, event: Event, now: float) -> list[Command]:
         self.meter.handle(event, now / 1e9)
-        return super().handle(event, now)
+        commands = super().handle(event, now)
+        if self._stop and len(self.meter.tokens) >= self._stop[0]:
+            (tokens, back), self._stop = self._stop, None
+            commands += self.handle(StopStringMet(max(1, tokens - back)), now)
+        return commands
 
     def stage_span(self, stage: int, run_id: int, start: float, end: float, void: bool) -> None:
         self.meter.stage_span(stage, run_id, start / 1e9, end / 1e9, void)
@@ -118,10 +125,21 @@ class Both(Recorder):
         pass
 
 
-@pytest.mark.parametrize("policy", ["autoregressive", "speculative", "pipeinfer"])
-def test_a_text_meter_says_what_the_trace_of_the_same_generation_says(policy: str) -> None:
-    scenario = build(f"policy.name={policy}", "acceptance.rate=0.6")
-    both = Both(scenario)
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from(["autoregressive", "speculative", "pipeinfer"]),
+    st.floats(0, 1),
+    st.none() | st.tuples(st.integers(0, 2), st.integers(1, 800), st.integers(1, 50), st.integers(0, 100)),
+    st.none() | st.tuples(st.integers(1, 40), st.integers(0, 3)),
+)
+def test_a_text_meter_says_what_the_trace_of_the_same_generation_says(
+    policy: str, rate: float, crash: tuple[int, ...] | None, stop: tuple[int, int] | None
+) -> None:
+    """Also where a stage is lost, and where a stop string turns up after so many tokens, a few before the newest."""
+    names = ("stage", "start_ms", "detect_ms", "restart_ms")
+    faults = [{"kind": "crash", **dict(zip(names, crash, strict=True))}] if crash else []
+    scenario = build(f"policy.name={policy}", f"acceptance.rate={rate}", f"faults={faults}")
+    both = Both(scenario, stop)
     Simulation(scenario, both).run()
     assert both.meter.summary() == summarise(both.trace())
 
