@@ -74,11 +74,11 @@ class GrpcExecutor:
     ) -> None:
         """Generates for each scenario on one pipeline, one after the other, after a plain generation for warmth.
 
-        They have the model, cluster and workload in common. ``on_result`` hears of each by its index as soon as it is
-        done, and its event log is ``logs``/run-INDEX.jsonl.
+        They differ in policy, acceptance and seed alone; an emulated cluster's links draw with the first one's seed.
+        ``on_result`` hears of each by its index as soon as it is done, and its event log is ``logs``/run-INDEX.jsonl.
 
         Raises:
-            BadInputError, StageFailedError: as :meth:`execute`, or the scenarios have not so much in common.
+            BadInputError, StageFailedError: as :meth:`execute`, or the scenarios differ in more.
         """
         asyncio.run(_execute_all([prepare(scenario) for scenario in scenarios], logs, on_result))
 
@@ -121,9 +121,9 @@ async def _execute(job: Job, events: TextIO | None, on_text: OnText | None, keep
 async def _execute_all(jobs: Sequence[Job], logs: Path, on_result: Callable[[int, RealResult], None]) -> None:
     first = next((job for job in jobs if job.needs_drafter), jobs[0])
     for job in jobs:
-        one, other = job.scenario, first.scenario
-        if (one.model, one.cluster, one.workload) != (other.model, other.cluster, other.workload):
-            raise BadInputError("model, cluster, workload: scenarios for one pipeline must have the same")
+        for section in ("model", "cluster", "workload", "execution", "faults"):
+            if getattr(job.scenario, section) != getattr(first.scenario, section):
+                raise BadInputError(f"{section}: scenarios for one pipeline must have the same")
     async with running_pipeline(first.cluster()) as pipeline:
         tokens = await plain_tokens(first, pipeline)
         for number, job in enumerate(jobs):

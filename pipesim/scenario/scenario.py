@@ -52,7 +52,7 @@ class Scenario(Section):
     """Simulation: which drafted tokens are right."""
     execution: Execution = Execution()
     faults: tuple[Fault, ...] = Field(default=(), strict=False)
-    """Simulation: what goes wrong, and when."""
+    """What goes wrong, and when: all of it in simulations and emulated clusters, crashes in other real runs as well."""
     calibration: CalibrationSource = None
     """A profile that `pipesim calibrate` wrote: what was measured there takes the place of what model, cluster and
     execution say here, and --set changes that. In a profile itself: the evidence."""

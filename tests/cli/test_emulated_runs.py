@@ -10,6 +10,7 @@ import yaml
 from typer.testing import CliRunner
 
 from pipesim.cli.commands import app
+from pipesim.errors import BadInputError
 from pipesim.executors import find_executor
 from pipesim.pace import CALLED_OFF, judge
 from pipesim.scenario_file import load_scenario
@@ -49,6 +50,17 @@ def test_nothing_is_ever_earlier_than_the_simulator_says(file: Path) -> None:
     for ours, theirs in zip(real.trace.emissions, simulated.emissions, strict=True):
         assert ours.time_s >= theirs.time_s - 1e-6
     assert real.trace.link_bytes == {name: size for name, size in simulated.link_bytes.items() if size}
+
+
+@pytest.mark.parametrize(
+    "change", ["workload.max_new_tokens=7", "cluster.links.loss=0.02", "execution.dtype=bfloat16", "faults=[]"]
+)
+def test_scenarios_that_differ_in_more_than_their_policy_share_no_pipeline(
+    file: Path, tmp_path: Path, change: str
+) -> None:
+    section = change.partition("=")[0].partition(".")[0]
+    with pytest.raises(BadInputError, match=f"{section}: scenarios for one pipeline must have the same"):
+        find_executor().execute_all([load_scenario(file), load_scenario(file, [change])], tmp_path, pytest.fail)
 
 
 CRASH = "{kind: crash, stage: 1, start_ms: 200, detect_ms: 100, restart_ms: 2000}"
