@@ -86,7 +86,7 @@ def test_the_text_is_plain_decodings(
     assert trace.drained_s is not None
     assert len(trace.spans) == len(trace.runs) * len(trace.stages)
     if drafter == "planted" and policy != "autoregressive":
-        assert trace.drafted_accepted > 10, "a drafter that is right in 70 % of all cases brought nothing"
+        assert trace.drafted_accepted > 0.3 * trace.drafted_verified > 0, "a drafter that is right in 70 % of all cases"
 
 
 @pytest.mark.parametrize("total", [2, 3, 63, 64, 65, 66, 127, 128, 129, 130, 257, 600])
