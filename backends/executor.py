@@ -3,9 +3,10 @@
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+import selectors
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, TypeVar
 
 from backends.cluster import running_pipeline
 from backends.job import Job, check_device, prepare
@@ -21,6 +22,8 @@ from pipesim.errors import BadInputError
 from pipesim.executors import Measurement, RealResult
 from pipesim.scenario import Model, Scenario
 from pipesim.summary import summarise
+
+T = TypeVar("T")
 
 
 class GrpcExecutor:
@@ -57,7 +60,7 @@ class GrpcExecutor:
             StageFailedError: a stage failed on the way.
         """
         job = dataclasses.replace(prepare(scenario), records_acceptance=record_acceptance)
-        return asyncio.run(_execute(job, events, on_text, keep_trace))
+        return _run(job, _execute(job, events, on_text, keep_trace))
 
     def measure(
         self, scenario: Scenario, repeats: int, rounds: int, logs: Path, on_text: OnText | None = None
@@ -67,7 +70,8 @@ class GrpcExecutor:
         Raises:
             BadInputError, StageFailedError: as :meth:`execute`.
         """
-        return asyncio.run(measure(prepare(scenario), repeats, rounds, logs, on_text))
+        job = prepare(scenario)
+        return _run(job, measure(job, repeats, rounds, logs, on_text))
 
     def execute_all(
         self, scenarios: Sequence[Scenario], logs: Path, on_result: Callable[[int, RealResult], None]
@@ -80,7 +84,8 @@ class GrpcExecutor:
         Raises:
             BadInputError, StageFailedError: as :meth:`execute`, or the scenarios differ in more.
         """
-        asyncio.run(_execute_all([prepare(scenario) for scenario in scenarios], logs, on_result))
+        jobs = [prepare(scenario) for scenario in scenarios]
+        _run(jobs[0], _execute_all(jobs, logs, on_result))
 
     def serve_stage(self, listen: str, device: str) -> None:
         """Serves heads at ``host:port``, one after another, until interrupted; on ``device``, if they name no other.
@@ -94,6 +99,16 @@ class GrpcExecutor:
             with contextlib.suppress(BadInputError):  # it may never be asked for kernels
                 library.prepare()
         serve(listen, device)
+
+
+def _run(job: Job, main: Coroutine[None, None, T]) -> T:
+    """Runs the head. Timers of an event loop know milliseconds, which is too coarse for an emulated cluster's head."""
+    with asyncio.Runner(loop_factory=_fine_loop if job.scenario.execution.emulate else None) as runner:
+        return runner.run(main)
+
+
+def _fine_loop() -> asyncio.AbstractEventLoop:
+    return asyncio.SelectorEventLoop(selectors.SelectSelector())
 
 
 async def _execute(job: Job, events: TextIO | None, on_text: OnText | None, keep_trace: bool) -> RealResult:
