@@ -56,24 +56,28 @@ class Outbox:
             self._idle = None
 
 
-class _Begun:
+class _Begun(Generator[Any, Any, None]):
     """A coroutine that has run up to where it has to wait. Whoever awaits this carries on with it."""
 
     def __init__(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        self._steps = coroutine.__await__()
+        self._coroutine = coroutine
+        self._awaited = False
         self._error: Exception | None = None
         try:
-            self._waits_for = next(self._steps)
+            self._waits_for = coroutine.send(None)
         except Exception as error:  # StopIteration, if it was over at once
             self._error = error
 
     def __await__(self) -> Generator[Any, Any, None]:
-        if isinstance(self._error, StopIteration):
-            return
+        return self
+
+    def send(self, value: Any) -> Any:
+        if self._awaited:
+            return self._coroutine.send(value)
+        self._awaited = True
         if self._error:
             raise self._error
-        try:
-            yield self._waits_for
-        except BaseException as error:  # a cancellation
-            yield self._steps.throw(error)
-        yield from self._steps
+        return self._waits_for
+
+    def throw(self, *error: Any) -> Any:
+        return self._coroutine.throw(*error)

@@ -1,6 +1,7 @@
 """Messages go out one at a time and in order, and the first one at once."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -125,6 +126,32 @@ def test_a_cancelled_carrier_cancels_the_write_that_has_begun() -> None:
 
     asyncio.run(scenario())
     assert heard == ["cancelled", "done"]
+
+
+def test_a_write_may_cope_with_what_it_waits_for() -> None:
+    """As often as it likes: first at once, behind ``send``, then in the carrier."""
+    heard: list[bytes] = []
+
+    async def patient(message: bytes) -> None:
+        for number in range(3):
+            loop = asyncio.get_running_loop()
+            waited = loop.create_future()
+            loop.call_soon(waited.set_exception, ConnectionResetError(f"attempt {number}"))
+            with contextlib.suppress(ConnectionResetError):
+                await waited
+        heard.append(message)
+
+    async def scenario() -> None:
+        outbox = Outbox("nobody")
+        carrier = asyncio.create_task(outbox.carry(patient))
+        await asyncio.sleep(0)
+        for message in (b"first", b"second"):
+            outbox.send(message)
+        outbox.close()
+        await carrier
+
+    asyncio.run(scenario())
+    assert heard == [b"first", b"second"]
 
 
 def test_a_reader_that_never_reads_is_an_error() -> None:
