@@ -27,7 +27,8 @@ from pipesim.scheduling.commands import RequestDraft
 from pipesim.scheduling.runs import END, KvOperation, Run, RunKind, SequenceRemove
 from pipesim.scheduling.tree import Candidate, Detour
 
-ROWS = (1, 2, 4, 8, 16)
+ROWS = (*range(1, 9), 12, 16)
+"""Of drafted runs. Kernels read weights once for a few rows, so their time has steps, at 6 to 7 rows for instance."""
 LEVELS = (1, 2, 4, 8)
 _FLOOD_ROWS = (1, 4)
 _FLOODS_PER_STAGE = 3
