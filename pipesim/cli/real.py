@@ -52,7 +52,7 @@ RecordOption = Annotated[
     ),
 ]
 LOOK_UP_SETTINGS: dict[str, dict[str, Any]] = {
-    "speculative": {"max_nodes": 7, "cutoff": 0.2},
+    "speculative": {"max_nodes": 5, "cutoff": 0.2},
     "pipeinfer": {"micro_batch": 8, "p_accept": 0.2, "partitions": 4, "calibrated": True},
 }
 """What ``generate`` sets where the drafter looks up n-grams: its tokens cost nothing and its confidences are honest."""
