@@ -21,7 +21,7 @@ from pipesim.errors import BadInputError, PipesimError
 from pipesim.scheduling.runs import END, KvOperation, Run, RunKind, SequenceCopy, SequenceRemove
 
 MAGIC = b"PSIM"
-VERSION = 2
+VERSION = 3
 TOKEN_BYTES = 16
 MAX_FRAME_BYTES = 64 * 2**20
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}

@@ -25,6 +25,7 @@ from backends.control import (
     Reset,
     ToNode,
 )
+from backends.flow import Flow
 from backends.frames import Frame, FrameError, encode
 from backends.logs import event, name_node
 from backends.outbox import MAX_WAITING, Outbox
@@ -200,7 +201,7 @@ class StageLease(Lease):
                 await asyncio.wait_for(call.wait_for_connection(), _CONNECT_S)
                 self.tell(Connected())
                 ended = asyncio.create_task(call.code())
-                sending = asyncio.create_task(passage.outgoing.carry(call.write))
+                sending = asyncio.create_task(Flow(call).carry(passage.outgoing))
                 await asyncio.wait((ended, sending), return_when=asyncio.FIRST_COMPLETED)
                 sending.cancel()
                 code = await call.code()

@@ -21,6 +21,7 @@ from backends.control import (
     pack,
     unpack,
 )
+from backends.flow import Flow
 from backends.frames import TOKEN_BYTES, Frame, FrameError, Hop, Session, decode, encode
 from backends.logs import event
 from backends.node import Node
@@ -133,7 +134,11 @@ class Pipeline:
             await results.wait_for_connection()
         except grpc.RpcError as error:
             raise StageFailedError(f"{first.name} or {last.name} refuses: {describe_rpc_error(error)}") from error
-        streams = (self._write(data, self._frames), self._watch(data, first, -1), self._read_results(results, last))
+        streams = (
+            self._write(Flow(data).carry(self._frames)),
+            self._watch(data, first, -1),
+            self._read_results(results, last),
+        )
         self._links = [asyncio.create_task(stream) for stream in streams]
 
     async def unlink(self) -> None:
@@ -155,7 +160,7 @@ class Pipeline:
             await orders.write(token)
         except (grpc.RpcError, asyncio.InvalidStateError) as error:
             raise self.drafter.failure or self.drafter.as_error(f"takes no orders ({error})") from error
-        streams = (self._write(orders, self._orders), self._read_drafts(orders, self.drafter))
+        streams = (self._write(self._orders.carry(orders.write)), self._read_drafts(orders, self.drafter))
         self._drafts = [asyncio.create_task(stream) for stream in streams]
 
     # -- loss and repair ---------------------------------------------------------------------------------------------
@@ -261,9 +266,9 @@ class Pipeline:
         self._orders.send(data)
         return len(data)
 
-    async def _write(self, call: "grpc.aio.StreamStreamCall", outbox: Outbox) -> None:
+    async def _write(self, writing: Coroutine[Any, Any, None]) -> None:
         with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):  # whoever reads the call hears why
-            await outbox.carry(call.write)
+            await writing
 
     # -- from the nodes ----------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ import grpc.aio
 from backends.compute import ComputeLoop
 from backends.control import TO_NODE, ConfigureDrafter, ConfigureStage, Failed, pack, unpack
 from backends.drafter_server import DrafterLease
+from backends.flow import Joiner
 from backends.frames import FrameError, StrangerError, decode
 from backends.lease import Lease, LoadLayers, Passage, StageLease
 from backends.transport import CONTROL, DATA, DRAFT, RESULTS, SERVICE
@@ -93,10 +94,11 @@ class NodeServer:
 
     async def _data(self, _: Any, context: _Context) -> None:
         await context.send_initial_metadata(())  # tells the predecessor that it is connected
+        messages = Joiner(context)
         passage: Passage | None = None
         reason = "closed by the predecessor"
         try:
-            while (data := await context.read()) is not grpc.aio.EOF:
+            while (data := await messages.read()) is not grpc.aio.EOF:
                 try:
                     frame = decode(data, self._admits_to_stage)
                     lease = cast(StageLease, self._lease)  # which has admitted the frame

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import os
 import socket
@@ -34,6 +35,7 @@ from backends.control import (
     pack,
     unpack,
 )
+from backends.flow import PIECE_BYTES, Flow
 from backends.frames import (
     TOKEN_BYTES,
     Activation,
@@ -48,7 +50,7 @@ from backends.frames import (
     encode,
 )
 from backends.lease import StageLease
-from backends.outbox import MAX_WAITING
+from backends.outbox import MAX_WAITING, Outbox
 from backends.sampling import Sampling
 from backends.stage_worker import StageWorker
 from backends.transport import CONTROL, DATA, RESULTS, bind, new_server, open_channel, path
@@ -189,6 +191,21 @@ def test_a_run_comes_home_with_its_tokens_and_a_stamp() -> None:
         assert (stamp.stage, stamp.void) == (0, False)
         assert stamp.start <= stamp.end
         assert stamp.received_bytes == len(encode(a_run(0, rows=3)))
+
+    on_a_stage(test)
+
+
+def test_a_long_frame_comes_in_pieces() -> None:
+    async def test(head: TestHead) -> None:
+        head.layers.let_through()
+        activation = Activation("float32", (1, PIECE_BYTES), bytes(4 * PIECE_BYTES))
+        long, outbox = encode(dataclasses.replace(a_run(0), activation=activation)), Outbox("the stage")
+        writing = asyncio.create_task(Flow(head.data).carry(outbox))
+        outbox.send(long)
+        result = await head.receive()
+        assert isinstance(result, ResultFrame)
+        assert result.stamps[0].received_bytes == len(long)
+        writing.cancel()
 
     on_a_stage(test)
 

@@ -86,11 +86,15 @@ class Measured:
 
 
 @pytest.fixture(scope="module")
-def measured(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Measured:
-    folder = tmp_path_factory.mktemp("wide")
-    model = save_talker(folder / "model", layers=2, **WIDE)
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_talker(tmp_path_factory.mktemp("wide") / "model", layers=2, **WIDE)
+
+
+@pytest.fixture(scope="module")
+def measured(site: Site, wide: Path, tmp_path_factory: pytest.TempPathFactory) -> Measured:
+    folder = tmp_path_factory.mktemp("measured")
     scenario = {
-        "model": {"name": str(model), "layers": 2, "hidden": HIDDEN, "vocabulary": 160},
+        "model": {"name": str(wide), "layers": 2, "hidden": HIDDEN, "vocabulary": 160},
         "cluster": {
             "stages": [{"repeat": 2, "cost": {"kind": "linear", "constant_ms": 1}}],
             "drafter": {"level_ms": 0.1},
@@ -129,6 +133,23 @@ def test_a_slow_cable_costs_what_the_simulator_says(measured: Measured, policy: 
             pytest.skip(f"SKIPPED: this machine is too busy to say anything: {told}")
         assert abs(predicted / found - 1) <= MARGIN + spread, told
         assert found > fast[name]["measured"], "the cable is what is slow"
+
+
+@pytest.mark.parametrize("mbps", [2, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_cable_that_needs_seconds_for_a_message_is_slow_and_not_broken(
+    site: Site, wide: Path, mbps: int, tmp_path: Path
+) -> None:
+    (tmp_path / "hosts.yaml").write_text(yaml.safe_dump(list(site.hosts)))
+    asked = ("generate", PROMPT, "--raw", "--model", wide, "--max-new-tokens", 2)
+    asked += ("--cluster", tmp_path / "hosts.yaml", "--policy", "autoregressive", "--json")
+    fast = site.pipesim(*asked)
+    site.network.limit("first", mbps)
+    try:
+        slow = site.pipesim(*asked, "--set", "execution.recovery.attempts=0")
+    finally:
+        site.network.limit("first", None)
+    assert slow["text"] == fast["text"]
+    assert slow["metrics"]["ttft_s"] > 3.5, "longer than any link is waited for"
 
 
 # -- outages -----------------------------------------------------------------------------------------------------------
