@@ -2,7 +2,7 @@
 
 Whatever else wants to pass (pings, heartbeats, cancellations) waits behind what is on its way, and a link on which it
 waits for long would count as broken. The reader acknowledges pieces; how long that takes says how many may be under
-way. A message shorter than a piece is written as it is, and waits for nobody as long as the link keeps up.
+way. A message shorter than the least piece is written as it is, and waits for nobody as long as the link keeps up.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ from backends.frames import MAX_FRAME_BYTES
 from backends.outbox import Outbox
 
 PIECE_BYTES = 2**16
-"""Of each piece of a message but its last, which is shorter, maybe empty. So much is acknowledged at a time."""
+"""Pieces of a message have multiples of it, but the last, which is shorter, maybe empty. So much is acknowledged."""
 _QUICK_S, _LATE_S = 0.5, 1.0
 """Acknowledged sooner, more may be under way; later, less."""
 
@@ -43,14 +43,25 @@ class Flow:
             listening.cancel()
 
     async def _write(self, message: bytes) -> None:
-        for start in range(0, len(message) + 1, PIECE_BYTES):
-            piece = message[start : start + PIECE_BYTES]
-            while self._written + len(piece) - self._acknowledged > self._window:
-                self._room = self._loop.create_future()
-                await self._room
-            self._written += len(piece)
-            self._pieces.append((self._written, time.monotonic()))
-            await self._call.write(piece)
+        start, left = 0, len(message)
+        while left >= PIECE_BYTES:
+            size = min(left, await self._room_for(PIECE_BYTES)) // PIECE_BYTES * PIECE_BYTES
+            await self._write_piece(message[start : start + size])
+            start, left = start + size, left - size
+        await self._room_for(left)
+        await self._write_piece(message[start:] if start else message)
+
+    async def _room_for(self, size: int) -> int:
+        """Waits until so many bytes may be written; returns how many more may be."""
+        while (room := self._window - (self._written - self._acknowledged)) < size:
+            self._room = self._loop.create_future()
+            await self._room
+        return room
+
+    async def _write_piece(self, piece: bytes) -> None:
+        self._written += len(piece)
+        self._pieces.append((self._written, time.monotonic()))
+        await self._call.write(piece)
 
     async def _listen(self) -> None:
         with contextlib.suppress(grpc.RpcError):  # the writer's task hears of it, too
@@ -81,8 +92,10 @@ class Joiner:
     async def read(self) -> Any:
         """The next message, or ``grpc.aio.EOF``. One that is longer than any frame ends where that is certain."""
         pieces = [await self._piece()]
-        while len(pieces[-1]) == PIECE_BYTES and len(pieces) * PIECE_BYTES <= MAX_FRAME_BYTES:
+        size = len(pieces[0])
+        while pieces[-1] and len(pieces[-1]) % PIECE_BYTES == 0 and size <= MAX_FRAME_BYTES:
             pieces.append(await self._piece())
+            size += len(pieces[-1])
         return pieces[-1] if len(pieces) == 1 or pieces[-1] is grpc.aio.EOF else b"".join(pieces)
 
     async def _piece(self) -> Any:
