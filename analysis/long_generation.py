@@ -276,12 +276,13 @@ def page(all_measured: Sequence[Measured], figure: str) -> str:
     parts = [
         "# Long generations",
         "One request each, two stages and an n-gram drafter as processes on one machine "
-        f"({platform.machine()}, {os.cpu_count()} cores, shared with other work meanwhile), policy pipeinfer, one "
+        f"({platform.machine()}, {os.cpu_count()} cores), policy pipeinfer, one "
         f"thread per stage, end tokens ignored, sampled at temperature {all_measured[0].temperature:g}.",
         f"![memory, speed and stage time]({figure})",
         markdown_table(titles, speeds),
         "*by quarter*: tokens/s in each quarter of the time. *distinct*: different sequences of four tokens, among "
-        "all in the text's second half. *bare pass*: one row through the whole model in one "
+        "all in the text's second half; where there are few, the model repeats itself, which the drafter foresees, and "
+        "speed and acceptance rise for that reason. *bare pass*: one row through the whole model in one "
         "process behind so much text, at the shortest and at the longest measured KV length. *stages : bare*: what "
         "both stages together took for one-row runs at about that length (median), at the beginning, in the middle and "
         "at the end: as long as it does not rise, nothing but attention slows the text down.",
