@@ -52,10 +52,17 @@ def max_plus(scenario: Scenario, runs: list[tuple[Run, int]]) -> tuple[list[list
 
 
 def simulate_with_runs(scenario: Scenario) -> tuple[Trace, list[Run]]:
+    runs = []
+
+    class Witness(Recorder):
+        def _submitted(self, run: Run, now: float) -> None:
+            runs.append(run)
+            super()._submitted(run, now)
+
     names = [plan.name for plan in scenario.stages()]
-    recorder = Recorder(scenario.scheduler(), scenario.seed, names, ticks_per_s=1e9)
+    recorder = Witness(scenario.scheduler(), scenario.seed, names, ticks_per_s=1e9)
     Simulation(scenario, recorder).run()
-    return recorder.trace(), [run for run, _ in recorder._runs.values()]
+    return recorder.trace(), runs
 
 
 @settings(deadline=None, max_examples=60)
