@@ -101,9 +101,7 @@ def ratio(fast: Sequence[Row], slow: Sequence[Row], world: str) -> float | None:
     return speeds[0] / speeds[1] if speeds[0] and speeds[1] else None
 
 
-def gains(
-    measured: Mapping[Setting, Sequence[Row]],
-) -> list[tuple[float, dict[str, tuple[float | None, float | None]]]]:
+def gains(measured: Mapping[Setting, Sequence[Row]]) -> Gains:
     """For each acceptance on the base link, PipeInfer's speed relative to the others': measured, predicted."""
     found = []
     plain = next((rows for one, rows in measured.items() if one.policy == POLICIES[0] and _on_base(one)), [])

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pipesim.metrics import Metrics, compute_metrics
 from pipesim.pace import Pace, judge
 from pipesim.scheduling.commands import FinishReason
-from pipesim.trace import Trace
+from pipesim.trace import COMPLETE, Trace
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class Summary:
     @property
     def complete(self) -> bool:
         """Whether all tokens were produced: the length asked for, or a natural end of text."""
-        return self.finish_reason in (FinishReason.LENGTH, FinishReason.STOP)
+        return self.finish_reason in COMPLETE
 
 
 def summarise(trace: Trace) -> Summary:

@@ -8,6 +8,10 @@ from pipesim.scheduling.commands import FinishReason, Outcome
 from pipesim.scheduling.runs import RunKind
 
 
+COMPLETE = (FinishReason.LENGTH, FinishReason.STOP)
+"""How a generation ends whose tokens were all produced."""
+
+
 @dataclass(frozen=True, slots=True)
 class StageSpan:
     """The time that one run cost one stage. ``void``: the run was dead when it left, its output worthless.
@@ -164,4 +168,4 @@ class Trace:
     @property
     def complete(self) -> bool:
         """Whether all tokens were produced: the length asked for, or a natural end of text."""
-        return self.finish_reason in (FinishReason.LENGTH, FinishReason.STOP)
+        return self.finish_reason in COMPLETE
