@@ -129,6 +129,7 @@ def page(rows: Sequence[Row], wanted: Sequence[Setting], repeats: int, settings:
     lacking = len(wanted) - len(measured)
     again = sum(row["replay_identical"] for row in rows)
     as_told = sum(row["decided_as_predicted"] for row in rows)
+    attempts, most = sum(row["attempt"] for row in rows), max((row["attempt"] for row in rows), default=0)
     dates = sorted(row["date"][:16].replace("T", " ") for row in rows) or ["never"]
     what = fill(
         "Eight stages of about 20 ms, a drafter of 4 ms per token, links of 1 Gbit/s and 0.1 ms that get worse "
@@ -145,7 +146,7 @@ def page(rows: Sequence[Row], wanted: Sequence[Setting], repeats: int, settings:
         f"in the same order. {len(missed)} more runs did not "
         "keep the emulated cluster's pace in their last attempt: a process was late, or computed too long, on a "
         "machine that others use, too. They are listed below and are in no mean. A run is tried again until its pace "
-        "is kept, and never after that. "
+        f"is kept, and never after that: {attempts} attempts in all, {most} at most for one run. "
         + (f"{lacking} settings are still missing; the same command goes on with them." if lacking else "")
     )
     parts = ["# A network gets worse: predicted and measured", what, counts, f"![speed]({data}/speed.png)", _CAPTION]

@@ -7,7 +7,6 @@ from enum import StrEnum
 from pipesim.scheduling.commands import FinishReason, Outcome
 from pipesim.scheduling.runs import RunKind
 
-
 COMPLETE = (FinishReason.LENGTH, FinishReason.STOP)
 """How a generation ends whose tokens were all produced."""
 

@@ -1,4 +1,4 @@
-"""``python -m analysis.exactness -o docs/exactness.md``: 2,000 combinations, half an hour on two cores.
+"""``python -m analysis.exactness -o docs/exactness.md``: 2,000 combinations, ten minutes on two idle cores.
 
 What is finished stands in a journal beside the page's output: an interrupted campaign goes on where it was. After a
 change of the code, begin with a new journal.

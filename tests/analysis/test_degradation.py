@@ -35,6 +35,7 @@ def row(policy: str, measured: float, predicted: float, rate: float = 0.8, **cha
         "problems": [],
         "replay_identical": True,
         "decided_as_predicted": True,
+        "attempt": 2,
         "date": "2026-11-23T05:30:00+00:00",
         **changes,
     }
@@ -149,6 +150,7 @@ def test_the_page_says_what_is_missing_and_what_is_missed() -> None:
     flat = " ".join(text.split())
     assert f"Measured: 2 of {len(coarse())} settings, 2 of {2 * len(coarse())} runs" in flat
     assert "1 more runs did not" in flat
+    assert f"{2 * len(rows)} attempts in all, 2 at most for one run" in flat
     assert f"{len(coarse()) - 2} settings are still missing" in flat
     assert "At acceptance 0 it has 0.960 of plain decoding's speed: **slower than** the 0.97." in flat
     assert "stage 3: one in twenty was 9 ms late" in text
