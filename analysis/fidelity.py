@@ -131,10 +131,11 @@ def page(results: Mapping[str, Mapping[str, Any]], figure: str) -> str:
         "Where stages share cores, three things decide. The operating system lets all processes go "
         "on at a reduced pace, "
         "rather than one after the other (`cluster.devices.sharing: fair`), and messages between them, gRPC and "
-        "serialisation, are work of the same cores. Each core at work slows the others down, since they share memory "
-        "bandwidth (`contention`, measured with floods of runs). Head and drafter need the same cores. What the model "
-        "leaves out: moments in which somebody else has a core. They are the tail of the gaps (ITL p95) and, since "
-        "costs are medians, a few percent of the speed."
+        "serialisation, are work of the same cores, as are head and drafter. And cores share memory bandwidth: two "
+        "runs slow each other down in proportion to how fast both read weights, which is slower with more rows "
+        "(`contention`, measured with floods of runs of 1 to 12 rows). What the model leaves out: moments in which "
+        "somebody else has a core. They are the tail of the gaps (ITL p95) and, since costs are medians, a few percent "
+        "of the speed."
     )
     return f"""# How near predictions are on one machine
 
@@ -157,8 +158,8 @@ def main() -> None:
     """Measures what is not finished and writes page, data and figure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("-o", "--output", type=Path, required=True, help="Markdown file to write")
-    parser.add_argument("--repeats", type=int, default=3, help="real runs of each setting")
-    parser.add_argument("--rounds", type=int, default=4, help="rounds of measuring costs in each setting")
+    parser.add_argument("--repeats", type=int, default=7, help="real runs of each setting")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds of measuring costs in each setting")
     parser.add_argument("--tokens", type=int, default=48, help="length of each text")
     parser.add_argument("--budget-s", type=float, default=float("inf"), help="start no setting after so many seconds")
     parser.add_argument("--anew", action="store_true", help="forget what is finished")

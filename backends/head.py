@@ -46,7 +46,7 @@ class Head:
 
     ``on_tokens`` hears committed tokens at once. It answers None, or after how many tokens of the generation the text
     has come to a stop string. ``emulated``: the generation keeps to the times of another cluster, whose parts the
-    pipeline's nodes were told. ``handling`` gathers what each event took to handle.
+    pipeline's nodes were told. ``handling`` gathers the processor time that each event took to handle.
     """
 
     def __init__(
@@ -112,10 +112,10 @@ class Head:
             happened = self._due.popleft() if self._due else await self._next_event()
             if happened is None:
                 continue
-            begun = time.monotonic()
-            self._carry_out(self._observer.handle(happened, begun))
+            begun = time.thread_time()
+            self._carry_out(self._observer.handle(happened, time.monotonic()))
             if self._handling is not None:
-                self._handling.append(HeadSample(isinstance(happened, DraftReturned), time.monotonic() - begun))
+                self._handling.append(HeadSample(isinstance(happened, DraftReturned), time.thread_time() - begun))
             if isinstance(happened, StageLost):
                 await self._recover()
         if self._pace:

@@ -31,8 +31,8 @@ ROWS = (*range(1, 9), 12, 16)
 """Of drafted runs. Kernels read weights once for a few rows, so their time has steps, at 6 to 7 rows for instance."""
 LEVELS = (1, 2, 4, 8)
 _FLOOD_ROWS = (1, 4, 8, 12)
-"""Of runs that stages on one machine compute at once. With more rows, weights are read again from the caches, and cores
-disturb each other less: 0.63, 0.57, 0.14 and 0.06 of contention where these were fitted one by one."""
+"""Of runs that stages on one machine compute at once. With more rows weights are read more slowly, and cores disturb
+each other less: all of them together tell whether the model of that holds (the residual ``floods``)."""
 _FLOODS_PER_STAGE = 3
 
 Drafts = tuple[tuple[tuple[Candidate, ...], ...], tuple[Detour, ...] | None]

@@ -37,8 +37,9 @@ def observe(scenario: Scenario, rounds: int = 4, noise: float = 0.0, cores: int 
         for device in scenario.cluster.devices:
             for rows in (1, 4):
                 works = [1e9 * cost.seconds(RunKind.CANONICAL, rows, 20) for cost in costs]
+                one_row = [1e9 * cost.seconds(RunKind.CANONICAL, 1, 20) for cost in costs]
                 latencies = [round(1e6 * link.latency_ms) for link in hops]
-                taken = off * flood_seconds(works, 6, latencies, cores, device.contention)
+                taken = off * flood_seconds(works, one_row, 6, latencies, cores, device.contention)
                 floods.append(FloodSample(number, rows, 20, 6, taken))
         for levels in (1, 2, 4, 8):
             for context, new in ((8, 0), (8, 8), (500, 0)):

@@ -209,15 +209,15 @@ def _fit_contention(found: _Found, floods: Sequence[FloodSample], stages: int, c
     values = found.values
     latencies = [round(1e6 * values[f"cluster.links.hops.{hop}.latency_ms"]) for hop in range(stages + 1)]
 
-    def works(flood: FloodSample) -> list[float]:
+    def works(rows: int, context: float) -> list[float]:
         return [
-            1e6 * values[f"cluster.stages.{stage}.cost.rows_ms.{flood.rows}"]
-            + values[f"cluster.stages.{stage}.cost.kv_us_per_kilocell"] * flood.rows * flood.context
+            1e6 * values[f"cluster.stages.{stage}.cost.rows_ms.{rows}"]
+            + values[f"cluster.stages.{stage}.cost.kv_us_per_kilocell"] * rows * context
             for stage in range(stages)
         ]
 
     kinds = sorted({(one.rows, one.context, one.runs) for one in floods})
-    models = {(one.rows, one.context, one.runs): (works(one), one.runs) for one in floods}
+    models = {(rows, context, runs): (works(rows, context), works(1, context), runs) for rows, context, runs in kinds}
 
     def best(samples: Sequence[FloodSample]) -> float:
         measured = {
@@ -249,11 +249,19 @@ def _fit_contention(found: _Found, floods: Sequence[FloodSample], stages: int, c
     found.residuals["floods"] = float(np.sqrt(np.mean(np.square(errors))))
 
 
-def flood_seconds(works: Sequence[float], runs: int, latencies: Sequence[int], cores: int, contention: float) -> float:
+def flood_seconds(
+    works: Sequence[float],
+    one_row: Sequence[float],
+    runs: int,
+    latencies: Sequence[int],
+    cores: int,
+    contention: float,
+) -> float:
     """How long a flood takes in the simulation's model of a shared machine.
 
     Args:
         works: nanoseconds of a run at each stage, alone.
+        one_row: the same, of a run of one row.
         runs: how many are submitted at once.
         latencies: of the links around the stages, in nanoseconds.
         cores: of the machine.
@@ -277,7 +285,7 @@ def flood_seconds(works: Sequence[float], runs: int, latencies: Sequence[int], c
     def begin(stage: int) -> None:
         busy[stage] = True
         waiting[stage] -= 1
-        device.start(works[stage], leave, stage)
+        device.start(works[stage], leave, stage, min(1.0, one_row[stage] / works[stage]))
 
     def leave(call: Call) -> None:
         stage: int = call.value

@@ -40,7 +40,10 @@ class FloodSample:
 
 @dataclass(frozen=True, slots=True)
 class HeadSample:
-    """What the head took to handle one event of a generation; ``drafted``: a draft came home."""
+    """The head's processor time for one event of a generation; ``drafted``: a draft came home.
+
+    Time in which others had the processor does not count: where stages share it, simulations add that themselves.
+    """
 
     drafted: bool
     seconds: float

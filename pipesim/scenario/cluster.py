@@ -21,7 +21,9 @@ class Device(Section):
     """Who finds no core free waits in FIFO order (queue), or all go on at an equally reduced pace (fair), as processes
     under an operating system do."""
     contention: float = Field(default=0.0, ge=0)
-    """sharing: fair: share by which everything takes longer for each other core at work, as they share memory."""
+    """sharing: fair: share by which a run of one row takes longer for each other core at work on such a run, as cores
+    share memory bandwidth. Of two runs, each counts by how fast it reads weights: one that takes twice as long as a
+    one-row run of its stage counts half."""
     nic_gbps: float | None = Field(default=None, gt=0)
     """10^9 bits per second, each way, that all its links to other devices share; null: without limit."""
 

@@ -83,7 +83,7 @@ class DrafterServer:
         self._times.begin(self._start, first)
         self._levels, self._end = levels, self._times.end(levels)
         if isinstance(self._device, FairDevice):
-            self._work = self._device.start(self._end - self._start, self._finish)
+            self._work = self._device.start(self._end - self._start, self._finish, demand=1.0)  # a token at a time
             return
         self._clock.at(self._end, self._finish)
 

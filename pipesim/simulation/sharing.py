@@ -10,22 +10,27 @@ from pipesim.simulation.links import LinkModel, Passage, T
 
 
 class Job:
-    """Work on a fair device: nanoseconds that it takes alone, how many of them are done, and who hears of the end."""
+    """Work on a fair device: nanoseconds that it takes alone, how many of them are done, and who hears of the end.
 
-    __slots__ = ("done", "finished", "value", "work")
+    ``demand``: memory bandwidth that it asks for, as a share of what a run of one row does.
+    """
 
-    def __init__(self, work: float, finished: Callable[[Call], None], value: Any) -> None:
+    __slots__ = ("demand", "done", "finished", "value", "work")
+
+    def __init__(self, work: float, demand: float, finished: Callable[[Call], None], value: Any) -> None:
         self.work = work
+        self.demand = demand
         self.done = 0.0
         self.finished = finished
         self.value = value
 
 
 class FairDevice(Device):
-    """Nobody waits for a core: ``k`` jobs on ``c`` cores all go on, each at the same pace.
+    """Nobody waits for a core: ``k`` jobs on ``c`` cores all go on, each for ``min(1, c / k)`` of the time.
 
-    That is ``min(1, c / k)`` of its pace alone, divided by ``1 + contention * (min(k, c) - 1)``: cores at work share
-    memory bandwidth and caches.
+    Cores at work share memory bandwidth. A job is slowed down to ``1 / (1 + contention * demand * others)`` of its
+    pace, where ``others`` is the demand of all jobs that are at work, on average, at the same time: a job disturbs, and
+    is disturbed, the more it has to read.
     """
 
     def __init__(self, clock: Clock, name: str, cores: int, contention: float) -> None:
@@ -48,10 +53,13 @@ class FairDevice(Device):
     def release(self) -> None:
         """A job gives its share back as it ends."""
 
-    def start(self, work: float, finished: Callable[[Call], None], value: Any = None) -> Job:
-        """Begins ``work`` nanoseconds of work; ``finished(call)`` hears of the end, the call carries ``value``."""
+    def start(self, work: float, finished: Callable[[Call], None], value: Any = None, demand: float = 0.0) -> Job:
+        """Begins ``work`` nanoseconds of work; ``finished(call)`` hears of the end, the call carries ``value``.
+
+        ``demand``: see ``Job``; 0 for what reads next to nothing, as messages do.
+        """
         self._settle()
-        job = Job(work, finished, value)
+        job = Job(work, demand, finished, value)
         self._jobs.append(job)
         self._replan()
         return job
@@ -81,25 +89,30 @@ class FairDevice(Device):
         """The time."""
         return self._clock.now
 
-    @property
-    def _pace(self) -> float:
-        busy = min(len(self._jobs), self._cores)
-        return busy / len(self._jobs) / (1.0 + self._contention * (busy - 1))
+    def _paces(self) -> list[float]:
+        """Of each job, what it gets done in a nanosecond."""
+        jobs = self._jobs
+        if len(jobs) == 1:
+            return [1.0]
+        busy = min(len(jobs), self._cores)
+        share = busy / len(jobs)
+        beside = self._contention * (busy - 1) / (len(jobs) - 1)  # how much of another job one meets at work
+        total = sum(job.demand for job in jobs)
+        return [share / (1.0 + beside * job.demand * (total - job.demand)) for job in jobs]
 
     def _settle(self) -> None:
         """Credits all jobs with what they have done so far."""
         now = self._clock.now
         if self._jobs and now > self._settled:
-            credit = (now - self._settled) * self._pace
-            for job in self._jobs:
-                job.done += credit
+            for job, pace in zip(self._jobs, self._paces(), strict=True):
+                job.done += (now - self._settled) * pace
         self._settled = now
 
     def _replan(self) -> None:
         self._plan += 1
         if self._jobs:
-            left = min(job.work - job.done for job in self._jobs)
-            self._clock.at(self._clock.now + max(0, round(left / self._pace)), self._end, self._plan)
+            left = min((job.work - job.done) / pace for job, pace in zip(self._jobs, self._paces(), strict=True))
+            self._clock.at(self._clock.now + max(0, round(left)), self._end, self._plan)
 
     def _end(self, call: Call) -> None:
         if call.value != self._plan:

@@ -6,7 +6,7 @@ All times are whole nanoseconds since the prompt; nothing here knows what time i
 import math
 
 from pipesim.scenario import DraftPlan, StagePlan
-from pipesim.scheduling.runs import Run
+from pipesim.scheduling.runs import Run, RunKind
 from pipesim.simulation.courses import Course, work_end
 
 
@@ -21,6 +21,13 @@ class StageTimes:
     def work(self, run: Run, context: float) -> int:
         """How long a run takes where nothing slows it down; its rows attend to ``context`` cells on average."""
         return max(1, round(self._seconds(run.kind, run.rows, context) * 1e9))
+
+    def demand(self, work: int, context: float) -> float:
+        """Memory bandwidth that a run of so much ``work`` asks for, as a share of what a run of one row does.
+
+        Both read the weights once: who takes twice as long needs half the bandwidth.
+        """
+        return min(1.0, 1e9 * self._seconds(RunKind.CANONICAL, 1, context) / work)
 
     def end(self, start: int, work: int) -> int:
         """When so much work is done that begins at ``start``."""

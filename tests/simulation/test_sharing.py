@@ -15,12 +15,13 @@ BOX = "cluster.devices=[{name: box, cores: %s, sharing: fair, contention: %s}]"
 ALL = ["cluster.stages.0.device=box", "cluster.drafter.device=box", "cluster.head.device=box"]
 
 
-def ends(cores: int, contention: float, works: list[int]) -> list[int]:
-    """When jobs end that all begin at once."""
+def ends(cores: int, contention: float, works: list[int], demands: tuple[float, ...] = ()) -> list[int]:
+    """When jobs end that all begin at once; they ask for all that a one-row run does where ``demands`` says nothing."""
     clock, found = Clock(), dict[int, int]()
     device = FairDevice(clock, "box", cores, contention)
     for index, work in enumerate(works):
-        device.start(work, lambda call: found.__setitem__(call.value, clock.now), index)
+        demand = demands[index] if demands else 1.0
+        device.start(work, lambda call: found.__setitem__(call.value, clock.now), index, demand)
     clock.run_calls()
     return [found[index] for index in range(len(works))]
 
@@ -30,6 +31,14 @@ def test_jobs_share_the_cores_equally_and_speed_up_as_others_end() -> None:
     assert ends(2, 0.0, [1000, 3000, 3000]) == [1500, 3500, 3500]  # 2/3 each until 1500, then a core each
     assert ends(2, 0.5, [1000, 2000]) == [1500, 2500], "two at work are 1.5 times as slow, the last one is alone"
     assert ends(4, 0.5, [1000]) == [1000]
+
+
+def test_jobs_disturb_each_other_by_what_they_read() -> None:
+    assert ends(2, 0.5, [1000, 2000], (1.0, 0.5)) == [1250, 2250], "1 + 0.5 * 1 * 0.5, both ways"
+    assert ends(2, 0.5, [1000, 2000], (0.5, 0.5)) == [1125, 2125]
+    assert ends(2, 0.5, [1000, 2000], (0.0, 1.0)) == [1000, 2000], "a message reads nothing"
+    assert ends(3, 0.5, [1000, 1000, 1000]) == [2000] * 3, "two others at work"
+    assert ends(2, 0.5, [1000, 1000, 1000]) == [2250] * 3, "one of two others at work, each for two thirds of the time"
 
 
 @given(st.integers(1, 4), st.lists(st.integers(1, 10**9), min_size=1, max_size=6))
