@@ -207,17 +207,20 @@ class Prober:
         for context in (len(text.prompt), len(self._tokens) - max(LEVELS)):
             if context <= before:
                 continue
-            if before:
-                self._pipeline.order(ExtendText(self._scratch.number, self._tokens[before:context]))
-            drafts.append(await self._draft(context, LEVELS[-1], context - before))
-            drafts += [await self._draft(context, levels, 0) for levels in LEVELS]
+            drafts.append(await self._draft(context, LEVELS[-1], before))
+            drafts += [await self._draft(context, levels, context) for levels in LEVELS]
             before = context
         return drafts
 
-    async def _draft(self, context: int, levels: int, new: int) -> DraftSample:
+    async def _draft(self, context: int, levels: int, before: int) -> DraftSample:
+        """As in a generation: stages have just computed, so that caches are cold, and the drafter hears of new text."""
+        start, session = next(iter(self._prefilled.items()))
+        await self._send_alone(session, RunKind.SPECULATIVE, start, 1, (SequenceRemove(1, start, END),))
+        new = context - before
         self._requests += 1
         request = RequestDraft(self._requests, context, (), levels, 1, 0.0, 1.0)
         asked = time.monotonic()
+        self._pipeline.order(ExtendText(self._scratch.number, self._tokens[before:context] if before else ()))
         reply = await self._ask(DraftOrder(self._scratch.number, request))
         seconds = time.monotonic() - asked
         if not isinstance(reply, DraftReply) or reply.tree is None:
