@@ -78,7 +78,7 @@ class GrpcExecutor:
     ) -> None:
         """Generates for each scenario on one pipeline, one after the other, after a plain generation for warmth.
 
-        They differ in policy, acceptance and seed alone; an emulated cluster's links draw with the first one's seed.
+        They differ in policy, acceptance and seed alone, in the seed only where no emulated link draws with it.
         ``on_result`` hears of each by its index as soon as it is done, and its event log is ``logs``/run-INDEX.jsonl.
 
         Raises:
@@ -139,6 +139,9 @@ async def _execute_all(jobs: Sequence[Job], logs: Path, on_result: Callable[[int
         for section in ("model", "cluster", "workload", "execution", "faults"):
             if getattr(job.scenario, section) != getattr(first.scenario, section):
                 raise BadInputError(f"{section}: scenarios for one pipeline must have the same")
+        drawn = first.scenario.execution.emulate and first.scenario.links_draw()
+        if drawn and job.scenario.seed != first.scenario.seed:
+            raise BadInputError("seed: links with jitter or loss draw with it: scenarios must have the same")
     async with running_pipeline(first.cluster()) as pipeline:
         tokens = await plain_tokens(first, pipeline)
         for number, job in enumerate(jobs):

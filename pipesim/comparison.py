@@ -86,17 +86,13 @@ def predict(scenario: Scenario, acceptance: AcceptanceTrace) -> Prediction:
     evidence = scenario.calibration
     intervals = evidence.intervals if isinstance(evidence, Calibration) else {}
     others = []
-    for draw in range(DRAWS if intervals or _depends_on_chance(scenario) else 0):
+    for draw in range(DRAWS if intervals or scenario.links_draw() else 0):
         raw = _editable(scenario.model_dump())
         random_ = random.Random(f"{scenario.seed} {draw}")
         settings = [(key, _drawn(raw, key, limits, random_)) for key, limits in intervals.items()]
         apply_settings(raw, [*settings, ("seed", (scenario.seed + draw) % 2**64)])
         others.append(simulate(build_scenario(raw, "a draw"), truth=truth))
     return Prediction(simulate(scenario, truth=truth), tuple(others))
-
-
-def _depends_on_chance(scenario: Scenario) -> bool:
-    return bool(scenario.faults) or any(plan.link.jitter_ms or plan.link.loss for plan in scenario.links())
 
 
 def _editable(value: Any) -> Any:

@@ -14,7 +14,7 @@ from pipesim.scenario.acceptance import Acceptance, TraceAcceptance
 from pipesim.scenario.calibration import CalibrationSource
 from pipesim.scenario.cluster import Cluster
 from pipesim.scenario.costs import RooflineCost
-from pipesim.scenario.faults import Fault, fault_problems
+from pipesim.scenario.faults import Fault, JitterFault, LossFault, fault_problems
 from pipesim.scenario.memory import Load, memory_problems
 from pipesim.scenario.model import Model
 from pipesim.scenario.network import Link, LinkPlan, link_plans
@@ -262,6 +262,11 @@ class Scenario(Section):
         cluster = self.cluster
         devices = [stage.device for stage in cluster.stages for _ in range(stage.repeat)]
         return link_plans(cluster.links, cluster.head.device, devices, cluster.drafter.device)
+
+    def links_draw(self) -> bool:
+        """Whether links leave something to chance, drawn with the seed."""
+        drawn = any(plan.link.jitter_ms or plan.link.loss for plan in self.links())
+        return drawn or any(isinstance(fault, JitterFault | LossFault) for fault in self.faults)
 
     def scheduler(self) -> Scheduler:
         """A fresh scheduler with this scenario's policy and limits."""
