@@ -30,7 +30,7 @@ RECORDED = json.loads((Path(__file__).parent.parent / "docs" / "fidelity.json").
 GATED = [f"{stages} autoregressive ngram" for stages in (1, 2, 4)]
 GATED += ["2 speculative planted", "4 pipeinfer ngram", "4 speculative planted"]
 MARGIN = 0.02
-"""So much may the error of recorded tokens/s grow: half the median spread of the recorded runs."""
+"""So much may the error of recorded tokens/s grow: a fifth of what the recorded runs spread by, in the middle setting."""
 LIVE_MARGIN = 0.15
 """Of tokens/s, beside the spread of the live runs: it catches a model that is wrong, not one that is a little off."""
 OTHERS = 0.1
