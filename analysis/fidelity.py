@@ -87,7 +87,7 @@ def measure(overrides: Sequence[str], repeats: int, rounds: int, attempts: int) 
     while True:
         found = compare(overrides, repeats, rounds)
         speed = found["metrics"]["tokens_per_second"]
-        if spread_of(speed) <= NOISY or len(left_out) == attempts - 1:
+        if spread_of(speed) <= NOISY or len(left_out) >= attempts - 1:
             return {**found, "left_out": left_out}
         left_out.append({"error": speed["error"], "spread": spread_of(speed)})
 

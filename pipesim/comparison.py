@@ -68,7 +68,7 @@ class Prediction:
 
 def measured_profile(scenario: Scenario, observed: Observed) -> dict[str, Any]:
     """The scenario's profile: costs that were measured on its own pipeline in the place of all that it says of them."""
-    fit = fit_costs(observed.costs, observed.cores)
+    fit = fit_costs(observed.costs, observed.shared_by_all)
     return make_profile(scenario, fit, observed.here, observed.cores, observed.rounds, observed.acceptance)
 
 

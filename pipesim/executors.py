@@ -53,6 +53,11 @@ class Observed:
     cores: int | None
     acceptance: AcceptanceTrace
 
+    @property
+    def shared_by_all(self) -> int | None:
+        """The cores, where no stage is elsewhere: only then floods tell contention."""
+        return self.cores if all(self.here) else None
+
 
 @dataclass(frozen=True, slots=True)
 class Measurement:

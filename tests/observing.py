@@ -1,10 +1,19 @@
 """What a prober would see of a simulated pipeline: its own costs, exactly."""
 
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import cast
+
 from pipesim.acceptance_trace import FORMAT, AcceptanceTrace
 from pipesim.calibration import DraftSample, FloodSample, HeadSample, Observations, RunSample
-from pipesim.calibration.fitting import flood_seconds
+from pipesim.recorder import Observer
 from pipesim.scenario import Scenario
-from pipesim.scheduling.runs import RunKind
+from pipesim.scheduling.runs import Run, RunKind
+from pipesim.simulation.devices import Clock
+from pipesim.simulation.faults import stage_pace
+from pipesim.simulation.links import Passage
+from pipesim.simulation.sharing import FairDevice, LocalLink
+from pipesim.simulation.stage import Frame, StageServer
 
 ACCEPTANCE = AcceptanceTrace(
     format=FORMAT,
@@ -34,13 +43,8 @@ def observe(scenario: Scenario, rounds: int = 4, noise: float = 0.0, cores: int 
                 times = tuple(off * cost.seconds(kind, rows, cells) for cost in costs)
                 runs.append(RunSample(number, kind, rows, cells, False, times, way))
         runs.append(RunSample(number, RunKind.SPECULATIVE, 4, 9.0, True, (1e-4,) * len(costs), runs[0].hops))
-        for device in scenario.cluster.devices:
-            for rows in (1, 4):
-                works = [1e9 * cost.seconds(RunKind.CANONICAL, rows, 20) for cost in costs]
-                one_row = [1e9 * cost.seconds(RunKind.CANONICAL, 1, 20) for cost in costs]
-                latencies = [round(1e6 * link.latency_ms) for link in hops]
-                taken = off * flood_seconds(works, one_row, 6, latencies, cores, device.contention)
-                floods.append(FloodSample(number, rows, 20, 6, taken))
+        for rows in (1, 4) if scenario.cluster.devices else ():
+            floods.append(FloodSample(number, rows, 20, 6, off * flood(scenario, rows, 6, cores)))
         for levels in (1, 2, 4, 8):
             for context, new in ((8, 0), (8, 8), (500, 0)):
                 level = drafter.level_ms + drafter.cell_ms * context
@@ -49,3 +53,26 @@ def observe(scenario: Scenario, rounds: int = 4, noise: float = 0.0, cores: int 
     drafted = head.overhead_ms if head.draft_overhead_ms is None else head.draft_overhead_ms
     handled = [HeadSample(False, 1e-3 * head.overhead_ms), HeadSample(True, 1e-3 * drafted)] * 3
     return Observations(tuple(runs), tuple(floods), tuple(handled), tuple(drafts))
+
+
+def flood(scenario: Scenario, rows: int, runs: int, cores: int, void: bool = False) -> float:
+    """Seconds until runs are home that are all sent at once, through simulated stages and links of one fair device."""
+    clock, home = Clock(), list[int]()
+    device = FairDevice(clock, "box", cores, scenario.cluster.devices[0].contention)
+    unseen = cast(Observer, SimpleNamespace(stage_span=lambda *_: None))
+    links = [LocalLink("a hop", link, device) for link in scenario.hops()]
+
+    def leave_to(hop: int, arrive: Callable[[Passage, Frame], None]) -> Callable[[Frame], None]:
+        return lambda frame: links[hop].send(clock.now, 0, arrive, frame)
+
+    leave = leave_to(len(links) - 1, lambda *_: home.append(clock.now))
+    for index, plan in reversed(list(enumerate(scenario.stages()))):
+        pace = stage_pace(scenario.faults, index)
+        stage = StageServer(clock, index, plan, device, unseen, leave, pace)
+        leave = leave_to(index, stage.arrive)
+    for number in range(runs):
+        frame = Frame(Run(number, 0, RunKind.SPECULATIVE, (1,) * rows, (19,) * rows, (1,) * rows), 0)
+        frame.void = void
+        leave(frame)
+    clock.run_calls()
+    return home[-1] / 1e9

@@ -19,6 +19,13 @@ TRUE = build(
     "cluster.drafter.level_ms=1",
 )
 SEEN = Observed(observe(TRUE), 4, (False, False), None, ACCEPTANCE)
+SHARED = build(
+    "cluster.devices=[{name: box, cores: 2, sharing: fair, contention: 0.6}]",
+    "cluster.stages=[{repeat: 2, device: box, void_ms: 0.1, cost: {kind: linear, constant_ms: 9, per_token_ms: 1}}]",
+    "cluster.links={latency_ms: 0.3}",
+    "cluster.head={device: box, overhead_ms: 0.2}",
+    "cluster.drafter={device: box, level_ms: 3}",
+)
 
 
 def test_what_no_real_run_has_is_left_out_of_its_prediction() -> None:
@@ -34,12 +41,20 @@ def test_what_no_real_run_has_is_left_out_of_its_prediction() -> None:
     assert {(link.bandwidth_gbps, link.jitter_ms) for link in measured.hops()[::2]} == {(None, 0)}
 
 
-def test_a_prediction_from_measurements_of_a_simulated_pipeline_is_that_simulation_again() -> None:
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_prediction_from_measurements_of_a_simulated_pipeline_is_that_simulation_again(shared: bool) -> None:
     """Costs that are measured exactly are found again, and give the same times."""
-    measured = calibrated(TRUE, SEEN)
-    again, truth = predict(measured, ACCEPTANCE), predict(TRUE, ACCEPTANCE)
+    true = SHARED if shared else TRUE
+    measured = calibrated(true, Observed(observe(SHARED), 4, (True, True), 2, ACCEPTANCE) if shared else SEEN)
+    again, truth = predict(measured, ACCEPTANCE), predict(true, ACCEPTANCE)
     for one, other in zip(again.trace.emissions, truth.trace.emissions, strict=True):
         assert one.time_s == pytest.approx(other.time_s, rel=2e-3)
+
+
+def test_floods_tell_contention_only_where_all_stages_share_the_machine() -> None:
+    measured = calibrated(SHARED, Observed(observe(SHARED), 4, (True, False), 2, ACCEPTANCE))
+    (device,) = measured.cluster.devices
+    assert (device.contention, device.sharing) == (0.0, "fair")
 
 
 def test_the_interval_follows_from_the_confidence_limits_of_the_costs() -> None:

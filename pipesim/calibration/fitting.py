@@ -19,6 +19,7 @@ from pipesim.errors import BadInputError
 from pipesim.scheduling.runs import RunKind
 from pipesim.simulation.devices import Call, Clock
 from pipesim.simulation.sharing import FairDevice
+from pipesim.simulation.times import demand
 
 _RESAMPLES = 200
 _BANDWIDTH_BYTES = 8192  # messages must differ by so much for their time to tell a bandwidth
@@ -263,7 +264,7 @@ def flood_seconds(
         works: nanoseconds of a run at each stage, alone.
         one_row: the same, of a run of one row.
         runs: how many are submitted at once.
-        latencies: of the links around the stages, in nanoseconds.
+        latencies: of the links around the stages, in nanoseconds; the messages' bytes are left out.
         cores: of the machine.
         contention: see ``Device.contention``.
     """
@@ -285,7 +286,7 @@ def flood_seconds(
     def begin(stage: int) -> None:
         busy[stage] = True
         waiting[stage] -= 1
-        device.start(works[stage], leave, stage, min(1.0, one_row[stage] / works[stage]))
+        device.start(works[stage], leave, stage, demand(works[stage], one_row[stage]))
 
     def leave(call: Call) -> None:
         stage: int = call.value

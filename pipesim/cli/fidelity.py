@@ -88,7 +88,7 @@ def calibrate_command(
         loaded = _describe(executor, model, stages, cluster, drafter, workload, overrides)
     with tempfile.TemporaryDirectory() as folder:
         measured = _measure(executor, loaded, 0, rounds, Path(folder), as_json).observed
-    fit = fit_costs(measured.costs, measured.cores)
+    fit = fit_costs(measured.costs, measured.shared_by_all)
     profile = make_profile(loaded, fit, measured.here, measured.cores, rounds, measured.acceptance)
     with writing(output) as stream:
         assert stream

@@ -23,7 +23,7 @@ class Device(Section):
     contention: float = Field(default=0.0, ge=0)
     """sharing: fair: share by which a run of one row takes longer for each other core at work on such a run, as cores
     share memory bandwidth. Of two runs, each counts by how fast it reads weights: one that takes twice as long as a
-    one-row run of its stage counts half."""
+    one-row run of its stage counts half. Drafts count as runs of one row; messages, head and dead runs not at all."""
     nic_gbps: float | None = Field(default=None, gt=0)
     """10^9 bits per second, each way, that all its links to other devices share; null: without limit."""
 

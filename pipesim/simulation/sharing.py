@@ -12,7 +12,7 @@ from pipesim.simulation.links import LinkModel, Passage, T
 class Job:
     """Work on a fair device: nanoseconds that it takes alone, how many of them are done, and who hears of the end.
 
-    ``demand``: memory bandwidth that it asks for, as a share of what a run of one row does.
+    ``demand``: memory bandwidth that it asks for, as a share of what a run of one row does: see ``times.demand``.
     """
 
     __slots__ = ("demand", "done", "finished", "value", "work")
@@ -29,8 +29,8 @@ class FairDevice(Device):
     """Nobody waits for a core: ``k`` jobs on ``c`` cores all go on, each for ``min(1, c / k)`` of the time.
 
     Cores at work share memory bandwidth. A job is slowed down to ``1 / (1 + contention * demand * others)`` of its
-    pace, where ``others`` is the demand of all jobs that are at work, on average, at the same time: a job disturbs, and
-    is disturbed, the more it has to read.
+    pace, where ``others`` sums the other jobs' demands, each for the share of its time that it meets another one at
+    work: ``(min(k, c) - 1) / (k - 1)``. The faster a job reads, the more it disturbs, and is disturbed.
     """
 
     def __init__(self, clock: Clock, name: str, cores: int, contention: float) -> None:

@@ -161,8 +161,9 @@ class StageServer:
         if isinstance(self._device, FairDevice):
             self._plan += 1
             # a fault that slows the stage down meets runs as they begin
-            demand = 0.0 if frame.void else self._times.demand(work, frame.context)
-            self._job = self._device.start(self._times.end(start, work) - start, self._finish, self._plan, demand)
+            takes = self._times.end(start, work) - start
+            demand = 0.0 if frame.void else self._times.demand(takes, frame.context)
+            self._job = self._device.start(takes, self._finish, self._plan, demand)
             if frame.run_id in self._dead and not frame.void:
                 self._clock.at(max(start, self._dead[frame.run_id]), self._stop, self._job)
             return

@@ -10,6 +10,14 @@ from pipesim.scheduling.runs import Run, RunKind
 from pipesim.simulation.courses import Course, work_end
 
 
+def demand(takes: float, one_row: float) -> float:
+    """Memory bandwidth that a run asks for, as a share of what a run of one row does there: see ``FairDevice``.
+
+    Both read the same weights once: who takes twice as long reads half as fast. Both times are of runs alone.
+    """
+    return min(1.0, one_row / takes)
+
+
 class StageTimes:
     """The times of one stage. ``pace`` is the factor by which everything takes longer at a time, or None."""
 
@@ -22,12 +30,9 @@ class StageTimes:
         """How long a run takes where nothing slows it down; its rows attend to ``context`` cells on average."""
         return max(1, round(self._seconds(run.kind, run.rows, context) * 1e9))
 
-    def demand(self, work: int, context: float) -> float:
-        """Memory bandwidth that a run of so much ``work`` asks for, as a share of what a run of one row does.
-
-        Both read the weights once: who takes twice as long needs half the bandwidth.
-        """
-        return min(1.0, 1e9 * self._seconds(RunKind.CANONICAL, 1, context) / work)
+    def demand(self, takes: float, context: float) -> float:
+        """See the function; of a run that takes so long alone, faults included."""
+        return demand(takes, 1e9 * self._seconds(RunKind.CANONICAL, 1, context))
 
     def end(self, start: int, work: int) -> int:
         """When so much work is done that begins at ``start``."""

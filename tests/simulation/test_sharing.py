@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from observing import flood
 from scenario_builder import build
 
 from pipesim.metrics import compute_metrics
@@ -39,6 +40,64 @@ def test_jobs_disturb_each_other_by_what_they_read() -> None:
     assert ends(2, 0.5, [1000, 2000], (0.0, 1.0)) == [1000, 2000], "a message reads nothing"
     assert ends(3, 0.5, [1000, 1000, 1000]) == [2000] * 3, "two others at work"
     assert ends(2, 0.5, [1000, 1000, 1000]) == [2250] * 3, "one of two others at work, each for two thirds of the time"
+
+
+@pytest.mark.parametrize(
+    ("cost", "rows", "work_ms", "demand"),
+    [
+        ("{kind: linear, constant_ms: 9, per_token_ms: 1}", 1, 10, 1.0),
+        ("{kind: linear, constant_ms: 9, per_token_ms: 1}", 11, 20, 0.5),
+        ("{kind: table, rows_ms: {1: 8, 4: 16}, kv_us_per_kilocell: 50000}", 4, 20, 9 / 20),  # of 20 cells each
+        ("{kind: table, rows_ms: {1: 8, 4: 4}}", 4, 4, 1.0),  # nobody asks for more than a one-row run
+    ],
+)
+def test_two_stages_at_work_disturb_each_other_by_how_fast_they_read(
+    cost: str, rows: int, work_ms: float, demand: float
+) -> None:
+    stages = f"cluster.stages=[{{repeat: 2, device: box, void_ms: 3, cost: {cost}}}]"
+    sets = ["cluster.links={latency_ms: 0}", stages, BOX % (2, 0.6)]
+    filling, both_at_work = 2, 4
+    taken = work_ms * (filling + both_at_work * (1 + 0.6 * demand**2))
+    assert flood(build(*sets), rows, 5, cores=2) == pytest.approx(1e-3 * taken, rel=1e-6)
+    assert flood(build(*sets), rows, 5, cores=2, void=True) == pytest.approx(3e-3 * 6), "a dead run reads no weights"
+
+
+def test_a_stage_that_a_fault_slows_down_reads_more_slowly() -> None:
+    cost = "{kind: linear, constant_ms: 9, per_token_ms: 1}"
+    sets = [
+        "cluster.links={latency_ms: 0}",
+        f"cluster.stages=[{{repeat: 2, device: box, cost: {cost}}}]",
+        BOX % (2, 0.6),
+    ]
+    faults = (
+        f"{{kind: slow-stage, stage: {stage}, start_ms: 0, duration_ms: 1000000, factor: 2}}" for stage in range(2)
+    )
+    slowed = build(*sets, f"faults=[{', '.join(faults)}]")
+    assert flood(slowed, 1, 5, cores=2) == pytest.approx(flood(build(*sets), 11, 5, cores=2), rel=1e-6), "20 ms each"
+
+
+def test_a_draft_beside_a_run_disturbs_it_as_a_run_of_one_row() -> None:
+    stages = "cluster.stages=[{device: box, cost: {kind: linear, constant_ms: 100}}]"
+    trace = simulate(build(stages, *ALL, BOX % (8, 0.5), "cluster.links={latency_ms: 0}", "cluster.drafter.level_ms=7"))
+    beside = [
+        draft
+        for draft in trace.drafts
+        if any(span.start_s <= draft.start_s and draft.end_s <= span.end_s for span in trace.spans)
+    ]
+    assert beside
+    assert {round(1e3 * (draft.end_s - draft.start_s) / 7 / 1.5, 6) for draft in beside} <= {1, 2, 3, 4}, "levels"
+
+
+@given(
+    st.integers(1, 4),
+    st.floats(0, 5),
+    st.lists(st.tuples(st.integers(1, 10**9), st.floats(0, 1)), min_size=1, max_size=6),
+)
+def test_contention_only_ever_delays(cores: int, contention: float, jobs: list[tuple[int, float]]) -> None:
+    works, demands = [work for work, _ in jobs], tuple(demand for _, demand in jobs)
+    calm, disturbed = ends(cores, 0.0, works), ends(cores, contention, works, demands)
+    assert all(late >= early - len(jobs) for early, late in zip(calm, disturbed, strict=True))
+    assert max(disturbed) <= max(calm) * (1 + contention * (cores - 1)) + len(jobs)
 
 
 @given(st.integers(1, 4), st.lists(st.integers(1, 10**9), min_size=1, max_size=6))
