@@ -49,9 +49,11 @@ class DrafterServer:
 
     def arrive(self, call: Call) -> None:
         """A request comes in; whatever came before it is worthless."""
-        self._waiting = call.value
+        overtaken, self._waiting = self._waiting is not None, call.value
         if self._job is None:
             self._next()
+        elif overtaken:
+            return  # the draft at hand has been cut short already
         elif self._work is not None and isinstance(self._device, FairDevice):
             self._device.shorten(self._work, max(1, self._levels), self._work.work - self._levels * self._times.level)
         elif self._draft is not None and self._clock.now < self._end:

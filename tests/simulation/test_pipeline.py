@@ -18,6 +18,7 @@ from pipesim.simulation.devices import Clock, Device
 from pipesim.simulation.drafter import DrafterServer, DraftJob
 from pipesim.simulation.links import HEADER_BYTES, TOKEN_BYTES, metadata_bytes
 from pipesim.simulation.pipeline import simulate
+from pipesim.simulation.sharing import FairDevice
 from pipesim.simulation.stage import StageServer
 from pipesim.trace import Trace
 
@@ -228,6 +229,19 @@ def test_a_drafter_that_waited_for_a_core_drafts_for_the_newest_request() -> Non
     clock.run_calls()
     assert [span[0] for span in spans] == [5]
     assert [answer.request_id for answer in answers] == [5]
+
+
+@pytest.mark.parametrize("fair", [False, True])
+def test_a_draft_that_is_overtaken_twice_still_reads_its_request_to_the_end(fair: bool) -> None:
+    clock, spans = Clock(), list[tuple[int, int, int, int]]()
+    device = FairDevice(clock, "d", 1, 0.0) if fair else Device("d", 1)
+    scenario = build("cluster.drafter.request_ms=10")
+    recorder: Any = SimpleNamespace(draft_span=lambda *span: spans.append(span))
+    drafter = DrafterServer(clock, scenario.drafter(), device, make_truth(scenario), recorder, lambda _: None)
+    for ms, request_id in ((0, 1), (2, 2), (3, 3)):
+        clock.at(ms * 10**6, drafter.arrive, DraftJob(RequestDraft(request_id, 8, (), 4, 1, 0.0, 1.0), 0))
+    clock.run_calls()
+    assert [(number, start // 10**6, end // 10**6) for number, start, end, _ in spans] == [(1, 0, 10), (3, 10, 28)]
 
 
 def test_bytes_are_counted_for_every_link() -> None:
