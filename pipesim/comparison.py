@@ -86,11 +86,13 @@ def predict(scenario: Scenario, acceptance: AcceptanceTrace) -> Prediction:
     evidence = scenario.calibration
     intervals = evidence.intervals if isinstance(evidence, Calibration) else {}
     others = []
-    for draw in range(DRAWS if intervals or scenario.links_draw() else 0):
+    emulated = scenario.execution.emulate  # real links then meet the very chance of the seed
+    for draw in range(DRAWS if intervals or (scenario.links_draw() and not emulated) else 0):
         raw = _editable(scenario.model_dump())
         random_ = random.Random(f"{scenario.seed} {draw}")
         settings = [(key, _drawn(raw, key, limits, random_)) for key, limits in intervals.items()]
-        apply_settings(raw, [*settings, ("seed", (scenario.seed + draw) % 2**64)])
+        seed = scenario.seed if emulated else (scenario.seed + draw) % 2**64
+        apply_settings(raw, [*settings, ("seed", seed)])
         others.append(simulate(build_scenario(raw, "a draw"), truth=truth))
     return Prediction(simulate(scenario, truth=truth), tuple(others))
 

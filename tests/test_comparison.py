@@ -75,6 +75,9 @@ def test_a_network_of_chance_is_predicted_over_its_seeds() -> None:
     prediction = predict(build("cluster.links.jitter_ms=5"), ACCEPTANCE)
     assert len({one.emissions[-1].time_s for one in prediction.others}) > 1
     assert not predict(build(), ACCEPTANCE).others, "nothing is drawn where nothing is random"
+    emulated = predict(build("cluster.links.jitter_ms=5", "execution.emulate=true"), ACCEPTANCE)
+    assert not emulated.others, "real links draw with the same seed"
+    assert emulated.trace.emissions == prediction.trace.emissions
 
 
 def test_another_text_than_plain_decoding_s_is_an_error() -> None:
