@@ -237,14 +237,15 @@ def report(
         if as_json:
             print(json.dumps(result(summary, text, stages, bound, lossy), allow_nan=False))
         else:
-            show(metrics_table(summary, bound))
+            if summary.pace is None or summary.pace.kept:
+                show(metrics_table(summary, bound))
             if stages:
                 show(stages_table(stages))
             if summary.pace:
                 show(pace_table(summary.pace))
-    warn_of_pace(summary.pace)
     if trace:
         write_files(trace, trace_file, plot_file, window)
+    check_pace(summary.pace)
     fail([problem for problem in [early_end(summary)] if problem])
 
 
@@ -268,12 +269,17 @@ def pace_table(pace: Pace) -> Table:
     return table
 
 
-def warn_of_pace(pace: Pace | None) -> None:
-    """Says on stderr if an emulated cluster could not keep its pace."""
+def check_pace(pace: Pace | None) -> None:
+    """Ends the command with status 1 if an emulated cluster could not keep its pace: its figures would mean nothing."""
     if pace and not pace.kept:
-        diagnostic("warning: this machine could not keep the emulated cluster's pace: its figures mean nothing")
         for problem in pace.problems:
             diagnostic(f"  {problem}")
+        fail(
+            [
+                "this machine could not keep the emulated cluster's pace, figures would mean nothing: use a smaller "
+                "execution.stand_in, fewer stages, or a faster machine"
+            ]
+        )
 
 
 def write_files(

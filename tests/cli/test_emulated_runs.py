@@ -128,6 +128,20 @@ def test_an_emulated_run_says_how_well_it_kept_its_pace(file: Path) -> None:
     assert printed["pace"]["kept"] == ("could not keep" not in outcome.stderr)
 
 
+def test_a_cluster_that_no_machine_could_keep_up_with_gets_no_figures(file: Path, tmp_path: Path) -> None:
+    asked = ["--set", "cluster.stages=[{repeat: 2, cost: {kind: linear, constant_ms: 0.001}}]"]
+    asked += ["--set", "cluster.links={latency_ms: 1}", "--set", "workload.max_new_tokens=8"]
+    page = tmp_path / "page.html"
+    for command in (["execute", str(file)], ["compare", str(file), "--repeats", "1", "--html", str(page)]):
+        outcome = CliRunner().invoke(app, [*command, *asked])
+        assert outcome.exit_code == 1
+        assert "really took longer" in outcome.stderr
+        assert "could not keep" in outcome.stderr
+        assert "tokens/s" not in outcome.stdout
+        assert "tokens_per_second" not in outcome.stdout
+    assert not page.exists()
+
+
 def samples(part: str, late_s: float, overrun: bool = False) -> list[PaceSample]:
     on_time = [PaceSample(part, 1.0, 1.02, 1.02, False)] * 90
     return [*on_time, *[PaceSample(part, 1.0, 1.02, 1.02 + late_s, overrun)] * 10]
