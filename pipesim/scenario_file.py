@@ -61,7 +61,22 @@ def _calibrated(raw: dict[str, Any], path: Path) -> dict[str, Any]:
         profile = {key: value for key, value in profile.items() if key not in ("workload", "acceptance")}
     own = raw.get("cluster")
     cluster = {**own, **profile["cluster"]} if isinstance(own, dict) else profile["cluster"]
+    wanted, measured = (_stages(one) for one in (own, profile["cluster"]))
+    if wanted and wanted != measured:
+        raise BadInputError(
+            f"calibration: {path} measured {measured} stages, cluster.stages describes {wanted}: leave cluster.stages "
+            f"out, or calibrate {wanted} stages"
+        )
     return {**profile, **{key: raw[key] for key in _ABOUT_THE_RUN if key in raw}, "cluster": cluster}
+
+
+def _stages(cluster: Any) -> int:
+    """How many stages a cluster describes; 0 where that is left open, or wrong in ways that the schema tells."""
+    match cluster:
+        case {"stages": list(stages)}:
+            repeats = [one.get("repeat", 1) for one in stages if isinstance(one, dict)]
+            return sum(repeats) if all(isinstance(one, int) for one in repeats) else 0
+    return 0
 
 
 def _forget_intervals(raw: dict[str, Any], keys: Sequence[str]) -> None:

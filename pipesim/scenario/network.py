@@ -148,6 +148,14 @@ class Links(OwnLink):
             if link.profile is not None:
                 yield from link.profile.problems(f"cluster.links{place}.profile")
 
+    def shadowed(self) -> Iterator[str]:
+        """What is said of links in general in vain, since in a profile each has its own, measured."""
+        for name in ("latency_ms", "bandwidth_gbps"):
+            measured = [i for i, hop in enumerate(self.hops) if getattr(hop, name) is not None]
+            if getattr(self, name) is not None and measured:
+                hops = ", ".join(f"cluster.links.hops.{i}.{name}" for i in measured)
+                yield f"cluster.links.{name}: measured links have their own: set {hops}, or cluster.links as a whole"
+
 
 @dataclass(frozen=True, slots=True)
 class LinkPlan:

@@ -162,6 +162,8 @@ class Scenario(Section):
     def _other_problems(self) -> Iterator[str]:
         if isinstance(self.calibration, Path):
             yield f"calibration = {self.calibration}: only scenario files and --set can name a profile"
+        elif self.calibration:
+            yield from self.cluster.links.shadowed()
         last_hop = sum(stage.repeat for stage in self.cluster.stages)
         if self.workload.prompt is None and self.workload.prompt_tokens is None:
             recorded = isinstance(self.acceptance, TraceAcceptance)

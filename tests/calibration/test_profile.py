@@ -20,6 +20,7 @@ TRUE = build(
     "cluster.stages=[{repeat: 2, device: box, cost: {kind: linear, constant_ms: 9, per_token_ms: 1}}]",
     "cluster.kv_cells=77",
 )
+TWO = {**PLAIN, "cluster": {**PLAIN["cluster"], "stages": [{**PLAIN["cluster"]["stages"][0], "repeat": 2}]}}
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def test_a_profile_is_a_scenario_with_its_evidence(profile: Path) -> None:
 def test_a_scenario_that_names_a_profile_has_its_costs_and_set_changes_them(profile: Path, tmp_path: Path) -> None:
     named = tmp_path / "folder" / "scenario.yaml"
     named.parent.mkdir()
-    named.write_text(yaml.safe_dump({**PLAIN, "calibration": "../profile.yaml"}))
+    named.write_text(yaml.safe_dump({**TWO, "calibration": "../profile.yaml"}))
     scenario, own = load_scenario(named), load_scenario(profile)
     assert scenario.cluster.stages == own.cluster.stages
     assert scenario.cluster.links == own.cluster.links
@@ -74,9 +75,22 @@ def test_a_scenario_needs_no_cluster_beside_a_profile(profile: Path, tmp_path: P
     assert simulate(load_scenario(short)).tokens == ACCEPTANCE.tokens
 
 
+def test_links_in_general_do_not_hide_behind_measured_ones(profile: Path) -> None:
+    with pytest.raises(BadInputError, match=r"links.latency_ms: .* set cluster.links.hops.0.latency_ms"):
+        load_scenario(profile, ["cluster.links.latency_ms=20"])
+    assert {link.latency_ms for link in load_scenario(profile, ["cluster.links={latency_ms: 20}"]).hops()} == {20}
+
+
+def test_a_profile_of_another_number_of_stages_is_refused(profile: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.yaml"
+    other.write_text(yaml.safe_dump(PLAIN))
+    with pytest.raises(BadInputError, match=r"measured 2 stages, cluster\.stages describes 3"):
+        load_scenario(other, [f"calibration={profile}"])
+
+
 def test_set_names_a_profile_too(profile: Path, tmp_path: Path) -> None:
     plain = tmp_path / "plain.yaml"
-    plain.write_text(yaml.safe_dump(PLAIN))
+    plain.write_text(yaml.safe_dump(TWO))
     assert load_scenario(plain, [f"calibration={profile}"]).cluster.stages == load_scenario(profile).cluster.stages
 
 
