@@ -8,7 +8,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from analysis.pages import fill, markdown_table, settings_text
-from analysis.style import COLOURS, panels
+from analysis.style import POLICIES as COLOURS
+from analysis.style import panels
 from pipesim.calibration.profile import describe_machine
 
 ACCEPTANCES = (0.0, 0.3, 0.6, 0.8, 0.95)
@@ -24,7 +25,6 @@ PLAIN_AT_LEAST = 0.97
 TOGETHER_S = 1e-3
 """Half of all gaps are shorter: most tokens come together, and a relative error of that median says nothing."""
 _NAMES = {"tokens_per_second": "tokens/s", "ttft_s": "TTFT", "itl_s.p50": "ITL p50", "itl_s.p95": "ITL p95"}
-_LOOKS = {"autoregressive": "plain", "speculative": "synchronous", "pipeinfer": "pipelined"}
 Row = Mapping[str, Any]
 """A measured run: a line of the journal."""
 Gains = list[tuple[float, dict[str, tuple[float | None, float | None]]]]
@@ -251,7 +251,7 @@ def figure(lines: Sequence[Mapping[str, Any]], rows: Sequence[Row]) -> Figure:
             other = ("share", "latency_ms")[fixed]
             scale = 100 if varied == "share" else 1
             for policy in POLICIES:
-                colour = COLOURS[_LOOKS[policy]]
+                colour = COLOURS[policy]
                 here = [
                     one
                     for one in lines

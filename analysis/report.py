@@ -13,7 +13,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis.comparison_page import metrics_table, page
-from analysis.style import CYCLE, STYLE, panels
+from analysis.style import CYCLE, POLICIES, STYLE, panels
 from analysis.sweep_figure import draw_sweep
 from analysis.sweeps import Layout, quantity
 from pipesim.errors import BadInputError
@@ -136,7 +136,7 @@ def fidelity_figure(comparisons: Sequence[Mapping[str, Any]]) -> Figure:
                 [one["spread"][1] - one["measured"] for one in points],
             ]
             predicted = [one["predicted"] for one in points]
-            colour = CYCLE[index % len(CYCLE)]
+            colour = POLICIES.get(policy, CYCLE[index % len(CYCLE)])
             axes.errorbar(measured, predicted, xerr=spread, fmt="osD^vP*X"[index % 8], color=colour, label=policy)
             highest = max([highest, *measured, *predicted])
         ends = [0.0, 1.08 * highest]

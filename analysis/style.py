@@ -16,6 +16,12 @@ COLOURS = {
     "pipelined": "#0072B2",
 }
 """Of plain decoding, synchronous and pipelined speculation (Okabe and Ito's colour-blind-safe palette)."""
+POLICIES = {
+    "autoregressive": COLOURS["plain"],
+    "speculative": COLOURS["synchronous"],
+    "pipeinfer": COLOURS["pipelined"],
+}
+"""The same by the policy's name."""
 CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 
 STYLE: dict[Any, Any] = {

@@ -12,15 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
 from numpy.typing import NDArray
 
-from analysis.style import COLOURS, CYCLE, STYLE
+from analysis.style import CYCLE, POLICIES, STYLE
 from analysis.sweeps import Crossing, Layout, Quantity, crossings, quantity, sentences
 from pipesim.statistics import mean_interval, significant
 
-_POLICIES = {
-    "autoregressive": COLOURS["plain"],
-    "speculative": COLOURS["synchronous"],
-    "pipeinfer": COLOURS["pipelined"],
-}
 _MARKERS = "osD^vP*X"
 
 
@@ -114,10 +109,10 @@ def _legend_columns(labels: Sequence[str], width: float) -> int:
 
 def _looks(lines: Sequence[str]) -> dict[str, tuple[str, str]]:
     """Colour and marker of each line; policies have theirs everywhere."""
-    taken = {colour for name, colour in _POLICIES.items() if name in lines}
+    taken = {colour for name, colour in POLICIES.items() if name in lines}
     free = [colour for colour in CYCLE if colour not in taken]
-    others = [line for line in lines if line not in _POLICIES]
-    colours = _POLICIES | {line: free[index % len(free)] for index, line in enumerate(others)}
+    others = [line for line in lines if line not in POLICIES]
+    colours = POLICIES | {line: free[index % len(free)] for index, line in enumerate(others)}
     return {line: (colours[line], _MARKERS[index % len(_MARKERS)]) for index, line in enumerate(lines)}
 
 

@@ -25,6 +25,7 @@ _NAMES = {
     "e2e": "time to last token",
     "links": "link",
     "stages": "stage",
+    "hops": "hop",
     "policy": "",
 }
 
@@ -57,8 +58,8 @@ def quantity(path: str, values: Sequence[Any] = ()) -> Quantity:
     """Name and unit of a dotted path; bandwidths up to 1 Gbit/s are told in Mbit/s."""
     if path in _METRICS:
         return Quantity(*_METRICS[path])
-    words, unit = [], ""
-    for part in path.split(".")[-2:]:
+    words, unit, parts = [], "", path.split(".")
+    for part in parts[-3 if parts[-2:-1] and parts[-2].isdecimal() else -2 :]:
         stem, _, ending = part.rpartition("_")
         if stem and ending in _UNITS:
             part, unit = stem, _UNITS[ending]

@@ -128,6 +128,7 @@ def test_settings_are_told_only_where_the_policy_does_not_tell() -> None:
         ("link_bytes", "link (bytes)"),
         ("cluster.links.latency_ms", "link latency (ms)"),
         ("cluster.links.bandwidth_gbps", "link bandwidth (Gbit/s)"),
+        ("cluster.links.hops.1.latency_ms", "hop 1 latency (ms)"),
         ("acceptance.rate", "acceptance rate"),
         ("policy.micro_batch", "micro batch"),
     ],
