@@ -9,6 +9,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TypeVar
 
 import numpy as np
@@ -84,7 +85,11 @@ class _Found:
             for one in group
         ]
         self.residuals[name] = float(np.sqrt(np.mean(np.square(errors))))
-        by_round = [{one.round: time(one) for one in group} for group in groups.values()]
+        by_round: list[dict[int, list[float]]] = []
+        for group in groups.values():
+            by_round.append({})
+            for one in group:
+                by_round[-1].setdefault(one.round, []).append(time(one))
         drawn = np.array([solve(chosen) for chosen in _resampled(by_round)])
         for index, key in enumerate(columns):
             self.note(key, float(found[index]), drawn[:, index] if len(drawn) else drawn, scale)
@@ -97,13 +102,16 @@ class _Found:
             self.intervals[key] = (float(low), float(high))
 
 
-def _resampled(by_round: Sequence[Mapping[int, float]]) -> Iterator[list[list[float]]]:
+def _resampled(by_round: Sequence[Mapping[int, Sequence[float]]]) -> Iterator[list[list[float]]]:
     """The groups again and again, of rounds drawn with replacement; never, of a single round."""
     numbers = sorted({number for group in by_round for number in group})
     random = np.random.default_rng(0)
     for _ in range(_RESAMPLES if len(numbers) > 1 else 0):
         chosen = random.choice(numbers, len(numbers)).tolist()
-        yield [[group[number] for number in chosen if number in group] or list(group.values()) for group in by_round]
+        yield [
+            [value for number in chosen for value in group.get(number, ())] or list(chain(*group.values()))
+            for group in by_round
+        ]
 
 
 def fit_costs(seen: Observations, cores: int | None) -> Fit:

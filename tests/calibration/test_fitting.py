@@ -81,3 +81,12 @@ def test_one_hiccup_does_not_move_a_cost() -> None:
     odd = dataclasses.replace(seen.runs[0], stages_s=(1.0, 1.0))
     fit = fit_costs(dataclasses.replace(seen, runs=(odd, *seen.runs[1:])), None)
     assert fit.values["cluster.stages.0.cost.rows_ms.1"] == pytest.approx(10.0, rel=0.02)
+
+
+def test_intervals_are_of_all_samples_of_a_round() -> None:
+    """A round has several messages to the drafter; limits from the last of each alone need not cover the median."""
+    seen = observe(build("cluster.drafter={level_ms: 2}"), noise=0.02)
+    drafts = tuple(dataclasses.replace(one, way_s=0.001 + 0.0001 / one.levels) for one in seen.drafts)
+    found = fit_costs(dataclasses.replace(seen, drafts=drafts), None)
+    low, high = found.intervals["cluster.links.draft.latency_ms"]
+    assert low <= found.values["cluster.links.draft.latency_ms"] <= high
