@@ -143,11 +143,12 @@ def page(rows: Sequence[Row], wanted: Sequence[Setting], repeats: int, settings:
         f"**Measured: {len(measured)} of {len(wanted)} settings, {kept} of {len(wanted) * repeats} runs.** "
         f"{again} of {len(rows)} event logs replayed with identical decisions (I9). In {as_told} of {len(rows)} "
         "runs the scheduler decided as in the simulation that predicted them: the same runs, drafts and cancellations, "
-        f"in the same order. {len(missed)} more runs did not "
-        "keep the emulated cluster's pace in their last attempt: a process was late, or computed too long, on a "
-        "machine that others use, too. They are listed below and are in no mean. A run is tried again until its pace "
-        f"is kept, and never after that: {attempts} attempts in all, {most} at most for one run. "
-        + (f"{lacking} settings are still missing; the same command goes on with them." if lacking else "")
+        f"in the same order. Runs that did not keep the emulated cluster's pace in their last attempt: {len(missed)}. "
+        "There a process was late, or computed too long, on a machine that others use, too. They are listed below and "
+        "are in no mean. A run is tried again until its pace is kept, and never after that: "
+        f"{attempts} attempts in all, {most} at most for one run. "
+        + (f"Settings still missing: {lacking}; the same command goes on with them. " if lacking else "")
+        + _emulation_error(rows)
     )
     parts = ["# A network gets worse: predicted and measured", what, counts, f"![speed]({data}/speed.png)", _CAPTION]
     parts += ["## How far off predictions are", error_table(measured), fill(_ERRORS)] if measured else []
@@ -162,6 +163,17 @@ def page(rows: Sequence[Row], wanted: Sequence[Setting], repeats: int, settings:
         f"[measured.jsonl]({data}/measured.jsonl), the fine grid in [simulated.json]({data}/simulated.json)."
     )
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _emulation_error(rows: Sequence[Row]) -> str:
+    late = [row["late_p95_ms"] for row in rows if row["kept"]]
+    if not late:
+        return ""
+    return (
+        "The emulation's own error, where the pace was kept: of what the latest of stages, drafter and head did in a "
+        f"run, 95 % was at most {statistics.median(late):.1f} ms late "
+        f"(median of runs; {max(late):.1f} ms in the worst)."
+    )
 
 
 _CAPTION = fill(

@@ -80,7 +80,7 @@ def _comparison(name: str, found: Mapping[str, Any]) -> str:
 def _sweep(path: Path) -> str:
     """Figures and a table of a sweep's rows."""
     try:
-        frame = pd.read_parquet(path)
+        frame = pd.read_parquet(io.BytesIO(path.read_bytes()))
     except (OSError, ValueError) as problem:
         raise BadInputError(f"{path}: cannot be read as Parquet ({problem})") from None
     if not {"policy", "seed", "tokens_per_second"} <= set(frame.columns):
