@@ -46,6 +46,8 @@ SEEDS = range(1, 9)
 """Of the simulations; measured runs have the first ones, and so meet the same lucky and unlucky positions."""
 WORSE = ((0.1, 0.1), (0.01, 0.1), (1.0, 10.0), (0.01, 20.0), (1.0, 100.0))
 """Measured links beside the base: share of the bandwidth, latency in ms."""
+DRAFTERS_MS = (2.0, 10.0)
+"""Measured on the base link beside the usual drafter."""
 METRICS = ("tokens_per_second", "ttft_s", "itl_s.p50", "itl_s.p95")
 _BRING_UP_S, _PAUSE_S = 10.0, 0.8
 Settings = Mapping[str, Mapping[str, Any]]
@@ -73,11 +75,12 @@ class Planned:
 
 
 def coarse() -> list[Setting]:
-    """What is measured, the most important first: acceptance on the base link, then worse links, then both at once."""
+    """What is measured: acceptance on the base link, then worse links, then both at once, then other drafters."""
     found = [Setting(*BASE, rate, policy) for rate in (0.8, 0.0, 0.6, 0.3, 0.95) for policy in POLICIES[1:]]
     found.insert(0, Setting(*BASE, 0.8, POLICIES[0]))
     found += [Setting(*link, 0.8, policy) for link in WORSE for policy in POLICIES]
-    return found + [Setting(*link, 0.3, policy) for link in WORSE for policy in POLICIES[1:]]
+    found += [Setting(*link, 0.3, policy) for link in WORSE for policy in POLICIES[1:]]
+    return found + [Setting(*BASE, 0.8, policy, drafter_ms) for drafter_ms in DRAFTERS_MS for policy in POLICIES[1:]]
 
 
 def tuned(lab: Laboratory) -> dict[str, dict[str, Any]]:
@@ -99,6 +102,7 @@ def scenario_of(setting: Setting, settings: Settings, seed: int, tokens: int | N
     """The scenario of one run."""
     overrides = [f"cluster.links.bandwidth_gbps={FULL_GBPS * setting.share}", f"acceptance.rate={setting.acceptance}"]
     overrides += [f"cluster.links.latency_ms={setting.latency_ms}", f"seed={seed}"]
+    overrides += [f"cluster.drafter.level_ms={setting.drafter_ms}"]
     overrides += [f"workload.max_new_tokens={tokens}"] if tokens else []
     plain = load_scenario(SCENARIO, overrides).model_dump_json()
     own = settings[f"{setting.acceptance:g}"].get(setting.policy, {"name": setting.policy})
@@ -144,9 +148,9 @@ def missing(finished: Mapping[str, Mapping[str, Any]], settings: Settings, repea
 def measure(
     journal: Journal, runs: Iterator[Planned], budget_s: float, execute_all: Callable[..., None], stand_in: str
 ) -> None:
-    """Makes the runs, those in a row on the same link on one pipeline; leaves out what does not fit into the time."""
+    """Makes the runs, on one pipeline those in a row on one cluster; leaves out what does not fit into the time."""
     end = time.monotonic() + budget_s
-    for _, group in groupby(runs, key=lambda run: (run.setting.share, run.setting.latency_ms)):
+    for _, group in groupby(runs, key=lambda run: run.scenario.cluster):
         left, batch = end - time.monotonic() - _BRING_UP_S, list[Planned]()
         for run in group:
             if run.seconds <= left:

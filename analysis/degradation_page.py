@@ -16,6 +16,8 @@ ACCEPTANCES = (0.0, 0.3, 0.6, 0.8, 0.95)
 POLICIES = ("autoregressive", "speculative", "pipeinfer")
 BASE = (1.0, 0.1)
 """The link that settings are tuned on: share of the bandwidth, latency in ms."""
+DRAFTER_MS = 4.0
+"""Per token, where settings are tuned and nothing else is said."""
 AIMS = {"tokens_per_second": 0.05, "ttft_s": 0.07, "itl_s.p50": 0.07, "itl_s.p95": 0.15}
 """Mean absolute errors at most so large."""
 WORST = 0.10
@@ -33,26 +35,29 @@ Gains = list[tuple[float, dict[str, tuple[float | None, float | None]]]]
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """``share`` of the full bandwidth, one-way latency of every link, probability that a draft is right, policy."""
+    """``share`` of the full bandwidth, one-way latency of every link, probability that a draft is right, policy.
+
+    ``drafter_ms``: what the drafter takes for a token.
+    """
 
     share: float
     latency_ms: float
     acceptance: float
     policy: str
+    drafter_ms: float = DRAFTER_MS
 
     @property
     def name(self) -> str:
         """For people and journals."""
-        return f"bandwidth {100 * self.share:g} %, {self.latency_ms:g} ms, {self._rate}{self.policy}"
-
-    @property
-    def _rate(self) -> str:
-        return "" if self.policy == POLICIES[0] else f"acceptance {self.acceptance:g}, "
+        rate = "" if self.policy == POLICIES[0] else f"acceptance {self.acceptance:g}, "
+        drafter = "" if self.drafter_ms == DRAFTER_MS else f", drafter {self.drafter_ms:g} ms"
+        return f"bandwidth {100 * self.share:g} %, {self.latency_ms:g} ms, {rate}{self.policy}{drafter}"
 
 
 def setting_of(row: Row) -> Setting:
     """What a row is about."""
-    return Setting(row["share"], row["latency_ms"], row["acceptance"], row["policy"])
+    drafter_ms = row.get("drafter_ms", DRAFTER_MS)
+    return Setting(row["share"], row["latency_ms"], row["acceptance"], row["policy"], drafter_ms)
 
 
 def mean(rows: Sequence[Row], world: str, metric: str) -> float | None:
@@ -132,8 +137,9 @@ def page(rows: Sequence[Row], wanted: Sequence[Setting], repeats: int, settings:
     attempts, most = sum(row["attempt"] for row in rows), max((row["attempt"] for row in rows), default=0)
     dates = sorted(row["date"][:16].replace("T", " ") for row in rows) or ["never"]
     what = fill(
-        "Eight stages of about 20 ms, a drafter of 4 ms per token, links of 1 Gbit/s and 0.1 ms that get worse "
-        "(scenarios/emulated-network.yaml). Simulated on a fine grid, and run for real: a process for each stage and "
+        f"Eight stages of about 20 ms, a drafter of {DRAFTER_MS:g} ms per token if nothing else is said, links of 1 "
+        "Gbit/s and 0.1 ms that get worse (scenarios/emulated-network.yaml). Simulated on a fine grid, and run for "
+        "real: a process for each stage and "
         "the drafter, gRPC, real layers and text of a small random model, kept to the times of the scenario "
         "([emulation.md](emulation.md)). Nothing of the prediction was fitted to these runs; a prediction and its run "
         f"have the same seed, so the same drafts are right. Machine: {describe_machine()}; {dates[0]} to {dates[-1]} "
@@ -188,7 +194,8 @@ _ERRORS = (
 )
 _SETTINGS = (
     "Settings, found for each acceptance by the same search in simulation on the base link, with other seeds, and kept "
-    "on worse links; at acceptance 0, where the best is not to draft, those of 0.3:"
+    f"on worse links and with drafters other than that of {DRAFTER_MS:g} ms; at acceptance 0, where the best is not to "
+    "draft, those of 0.3:"
 )
 _LATE = (
     "The same with the runs whose pace was not kept, which measure this machine's other work as well. They settle "
@@ -276,6 +283,8 @@ def figure(lines: Sequence[Mapping[str, Any]], rows: Sequence[Row]) -> Figure:
                     x, [one["low"] for one in here], [one["high"] for one in here], color=colour, alpha=0.15, lw=0
                 )
                 for setting, runs in everything.items():
+                    if setting.drafter_ms != DRAFTER_MS:
+                        continue
                     on_line = (setting.share, setting.latency_ms)[fixed] == BASE[fixed]
                     if setting.policy == policy and on_line and (policy == POLICIES[0] or setting.acceptance == rate):
                         _point(place, scale * getattr(setting, varied), kept.get(setting, []), runs, colour)

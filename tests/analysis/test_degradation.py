@@ -11,7 +11,7 @@ from laboratories import in_process, search_little
 
 from analysis import degradation
 from analysis.degradation import Planned, coarse, decisions, measure, missing, scenario_of, tuned
-from analysis.degradation_page import BASE, Setting, by_setting, error, figure, gains, page
+from analysis.degradation_page import BASE, Setting, by_setting, error, figure, gains, page, setting_of
 from pipesim.errors import InvariantError
 from pipesim.executors import RealResult, find_executor
 from pipesim.scenario import Scenario
@@ -48,6 +48,9 @@ def test_the_grid_is_what_issue_5_asks_for() -> None:
     assert {one.policy for one in settings} == set(degradation.POLICIES)
     assert {one.acceptance for one in settings if (one.share, one.latency_ms) == BASE} == set(degradation.ACCEPTANCES)
     assert (0.01, 20.0) in {(one.share, one.latency_ms) for one in settings}, "10 Mbit/s and 20 ms"
+    assert {one.drafter_ms for one in settings} == {2.0, 4.0, 10.0}, "2 to 10 ms"
+    assert {scenario_of(one, SETTINGS, 1).cluster.drafter.level_ms for one in settings} == {2.0, 4.0, 10.0}
+    assert [setting_of(asdict(one)) for one in settings] == settings
     for setting in settings:
         assert len(scenario_of(setting, SETTINGS, 1).stages()) == 8
 
