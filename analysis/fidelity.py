@@ -4,7 +4,7 @@
 rounds between the runs, on the same pipeline, and the prediction sees none of the runs. Finished settings are kept in
 ``docs/fidelity.json`` and not run again; ``--budget-s`` ends early, and the same command goes on from there. Where
 runs spread so much that they could confirm anything, the setting is measured again, whatever its error, and the page
-shows what that left out.
+shows what that left out. Speeds and dates of other measurements of all settings are in ``docs/fidelity-again-*.json``.
 """
 
 import argparse
@@ -101,7 +101,29 @@ def scheduling_digest() -> str:
     return digest.hexdigest()[:16]
 
 
-def page(results: Mapping[str, Mapping[str, Any]], figure: str, attempts: int) -> str:
+def repetitions(measured: Sequence[Sequence[Mapping[str, Any]]]) -> str:
+    """What other measurements of all settings gave, each a list of results as in the data."""
+    if not measured:
+        return ""
+    rows = []
+    for results in measured:
+        speeds = [one["metrics"]["tokens_per_second"] for one in results]
+        errors = [abs(speed["error"]) for speed in speeds]
+        spread = statistics.median(map(spread_of, speeds))
+        met = f"{sum(error <= _GOAL for error in errors)} of {len(errors)}"
+        date = min(one["calibration"]["date"] for one in results)[:16].replace("T", " ")
+        rows.append((date, met, f"{statistics.mean(errors):.1%}", f"{max(errors):.1%}", f"{spread:.0%}"))
+    titles = ("begun (UTC)", f"within {_GOAL:.0%}", "mean error", "largest", "runs spread by (median setting)")
+    intro = "All settings were measured at other times, too, when others used more of this machine:"
+    return f"\n{intro}\n\n{markdown_table(titles, rows)}\n"
+
+
+def page(
+    results: Mapping[str, Mapping[str, Any]],
+    figure: str,
+    attempts: int,
+    others: Sequence[Sequence[Mapping[str, Any]]] = (),
+) -> str:
     """The page as Markdown."""
     rows, errors = [], []
     for name, one in results.items():
@@ -181,7 +203,7 @@ def page(results: Mapping[str, Mapping[str, Any]], figure: str, attempts: int) -
 {again}
 
 {table}
-{missing}
+{repetitions(others)}{missing}
 ![Predicted against measured speed; the band is within 10 %]({figure})
 
 {model}
@@ -223,7 +245,9 @@ def main() -> None:
     figure = arguments.output.parent / "figures" / "fidelity.png"
     figure.parent.mkdir(exist_ok=True)
     fidelity_figure(list(order.values())).savefig(figure, dpi=160)
-    arguments.output.write_text(page(order, f"figures/{figure.name}", arguments.attempts), encoding="utf-8")
+    others = [json.loads(path.read_text("utf-8")) for path in sorted(data.parent.glob(f"{data.stem}-again-*.json"))]
+    told = page(order, f"figures/{figure.name}", arguments.attempts, others)
+    arguments.output.write_text(told, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -41,7 +41,8 @@ def test_runs_that_spread_are_measured_again_whatever_their_error(
     result = fidelity.measure([], 3, 4, 3)
     assert result["metrics"]["tokens_per_second"]["error"] == kept
     assert [one["error"] for one in result["left_out"]] == left_out
-    text = " ".join(fidelity.page({"2 pipeinfer ngram": result}, "x.png", 3).split())
+    text = " ".join(fidelity.page({"2 pipeinfer ngram": result}, "x.png", 3, [[attempt(0.2, -0.12)]]).split())
+    assert "| 2026-01-01 00:00 | 0 of 1 | 12.0% | 12.0% | 20% |" in text, "another measurement"
     for error in left_out:
         assert f"{error:+.1%} (runs spread by" in text, "what was left out is shown"
     assert ("That was not necessary." in text) is (not left_out)
