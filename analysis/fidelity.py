@@ -114,7 +114,7 @@ def repetitions(measured: Sequence[Sequence[Mapping[str, Any]]]) -> str:
         date = min(one["calibration"]["date"] for one in results)[:16].replace("T", " ")
         rows.append((date, met, f"{statistics.mean(errors):.1%}", f"{max(errors):.1%}", f"{spread:.0%}"))
     titles = ("begun (UTC)", f"within {_GOAL:.0%}", "mean error", "largest", "runs spread by (median setting)")
-    intro = "All settings were measured at other times, too, when others used more of this machine:"
+    intro = "All settings were measured at other times, too, in the same way:"
     return f"\n{intro}\n\n{markdown_table(titles, rows)}\n"
 
 
