@@ -23,7 +23,7 @@ from analysis.pages import fill, markdown_table
 from analysis.report import fidelity_figure
 from pipesim import scheduling
 from pipesim.calibration.profile import describe_machine
-from pipesim.comparison import NOISY
+from pipesim.comparison import NOISY, spread_share
 
 SCENARIO = "scenarios/demo.yaml"
 STAGES = (1, 2, 4)
@@ -72,9 +72,8 @@ def compare(overrides: Sequence[str], repeats: int, rounds: int) -> dict[str, An
 
 
 def spread_of(figure: Mapping[str, Any]) -> float:
-    """From the slowest to the fastest run, as a share of their median."""
-    low, high = figure["spread"]
-    return float((high - low) / figure["measured"])
+    """See :func:`spread_share`, of a figure as ``compare --json`` prints it."""
+    return spread_share(figure["spread"], figure["measured"])
 
 
 def measure(overrides: Sequence[str], repeats: int, rounds: int, attempts: int) -> dict[str, Any]:

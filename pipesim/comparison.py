@@ -148,6 +148,11 @@ def make_figure(simulated: Sequence[float | None], measured: Sequence[float | No
     return Figure(predicted, interval, median, spread, error, judge(predicted, interval, median, spread, len(known)))
 
 
+def spread_share(spread: tuple[float, float], measured: float) -> float:
+    """From the lowest to the highest run, as a share of their median ``measured``, which is not 0."""
+    return (spread[1] - spread[0]) / abs(measured)
+
+
 def judge(
     predicted: float | None,
     interval: tuple[float, float] | None,
@@ -166,7 +171,7 @@ def judge(
     low, high = interval or (predicted, predicted)
     meets = low <= spread[1] and spread[0] <= high
     if meets and runs > 1:
-        wide = measured and (spread[1] - spread[0]) / abs(measured) > NOISY
+        wide = measured and spread_share(spread, measured) > NOISY
         return Verdict.NOISY if wide else Verdict.AGREES
     if predicted == measured:
         return Verdict.AGREES

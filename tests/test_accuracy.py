@@ -21,7 +21,7 @@ from pipelines import LAYERS
 from talker import save_talker
 
 from analysis.fidelity import scheduling_digest
-from pipesim.comparison import NOISY, calibrated, compare, flat_metrics, make_figure, predict
+from pipesim.comparison import NOISY, calibrated, compare, flat_metrics, make_figure, predict, spread_share
 from pipesim.event_log import replay
 from pipesim.executors import find_executor
 from pipesim.scenario import TraceAcceptance
@@ -84,7 +84,7 @@ def test_predictions_of_live_runs_are_near(policy: str, large: Path, tmp_path: P
     assert figure.error is not None
     assert figure.spread
     assert figure.measured
-    spread = (figure.spread[1] - figure.spread[0]) / figure.measured
+    spread = spread_share(figure.spread, figure.measured)
     told = (
         f"{policy}: error {figure.error:+.1%}, runs spread by {spread:.1%}, others used {share:.0%} of the processors"
     )
